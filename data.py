@@ -1,0 +1,927 @@
+"""Data: captioned scenes and their checker, pictures with captions, text tokens, the runtime.
+"""
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import posixpath
+import re
+import signal
+import sys
+import tarfile
+import threading
+import zlib
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# 1. Scenes
+# ---------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 225), "yellow": (245, 215, 50),
+           "purple": (135, 55, 175), "orange": (245, 135, 25), "pink": (250, 135, 190), "cyan": (60, 205, 225)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 2, "large": 3}  # side of an object's box, in cells of an eighth of the picture
+RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
+             "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3}
+# Pairs that training shows alone and in counts, but never in a relation.
+RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
+GRID = 8  # cells along a side
+
+
+def held_out(first, relation, second):
+    """True for the 10 % of (object, relation, object) combinations that training never shows.
+
+    "A above B" and "B below A" describe one picture, so both are held out or neither is.
+    """
+    one, two = (first, relation, second), (second, OPPOSITE[relation], first)
+    return zlib.crc32(repr(min(one, two)).encode()) % 10 == 0
+
+
+@lru_cache(maxsize=None)
+def stencil(shape, pixels):
+    """Coverage (pixels, pixels) in [0,1] of a shape that fills its box but for a 1/16 margin."""
+    s = (np.arange(pixels * 8) + 0.5) / (pixels * 4) - 1  # 8 x 8 samples a pixel, from -1 to 1
+    x, y, r = s[None], s[:, None], 0.875
+    inside = {"circle": x * x + y * y < r * r,
+              "square": np.maximum(abs(x), abs(y)) < r * 0.9,
+              "triangle": (abs(x) < (y + r) / 2) & (y < r),
+              "cross": (np.maximum(abs(x), abs(y)) < r) & (np.minimum(abs(x), abs(y)) < r * 0.36)}[shape]
+    return inside.reshape(pixels, 8, pixels, 8).mean((1, 3)).astype(np.float32)
+
+
+class Scenes:
+    """Endless captioned scenes..."""
+
+    kinds = {"one object": 0.12, "counts": 0.12, "relation": 0.76}
+
+    def __init__(self, split="train", size=64, seed=0, length=1_000_000):
+        self.split, self.size, self.seed, self.length = split, size, seed, length
+
+    def __len__(self):
+        return self.length
+
+    def sample(self, index, rng=None):
+        rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
+        while True:
+            objects, relation, background, caption = self.compose(rng)
+            boxes = place(objects, relation, rng)
+            if boxes:
+                return self.draw(objects, boxes, background), caption
+
+    def captions(self, n):
+        """The captions of the first n scenes: list[str]."""
+        return [self.sample(index)[1] for index in range(n)]
+
+    def compose(self, rng):
+        """Chooses objects [(size, colour, shape)], relation, background and the words for them."""
+        pick = lambda names: names[rng.integers(len(names))]
+        def thing():
+            return pick(list(COLOURS)), pick(SHAPES)
+        kind = "relation" if self.split in ("combination", "pair") else \
+            ("one object", "counts", "relation")[np.searchsorted([0.12, 0.24], rng.random(), side="right")]
+        relation = None
+        if kind == "relation":
+            while True:
+                first, relation, second = thing(), pick(list(RELATIONS)), thing()
+                rare = (first in RARE) + (second in RARE)
+                hidden = held_out(first, relation, second)
+                if first != second and {"combination": not rare and hidden, "pair": rare > 0}.get(
+                        self.split, not rare and not hidden):
+                    break
+            things = [first, second]
+        else:
+            things = [thing()]
+        sizes = [pick(list(SIZES)) for _ in things]
+        named = [("", size + " ")[rng.integers(2)] for size in sizes]
+        number = 1 if kind != "counts" else int(rng.integers(2, 4))
+        words = [f"{name}{colour} {shape}" for name, (colour, shape) in zip(named, things)]
+        words = [("an " if word[0] == "o" else "a ") + word for word in words]
+        text = words[0]
+        if kind == "relation":
+            text = f"{words[0]} {pick(RELATIONS[relation])} {words[1]}"
+        elif kind == "counts":
+            plural = words[0].split(" ", 1)[1] + ("es" if words[0].endswith("cross") else "s")
+            text = ("two ", "three ")[number - 2] + plural
+        background = pick(list(BACKGROUNDS))
+        if background != "white" or rng.integers(2):
+            text += pick((" on {}", " on a {} background")).format(background)
+        objects = [(size, *t) for size, t in zip(sizes, things)] * number
+        return objects, relation, background, text
+
+    def draw(self, objects, boxes, background):
+        cell = self.size // GRID
+        image = np.empty((self.size, self.size, 3), np.float32)
+        image[:] = BACKGROUNDS[background]
+        for (size, colour, shape), (x, y) in zip(objects, boxes):
+            side = SIZES[size] * cell
+            cover = stencil(shape, side)[..., None]
+            window = image[y * cell:y * cell + side, x * cell:x * cell + side]
+            window += cover * (np.float32(COLOURS[colour]) - window)
+        return np.round(image).astype(np.uint8)
+
+
+def place(objects, relation, rng):
+    """Left-top cells of boxes that do not overlap and obey the relation, or None."""
+    for _ in range(40):
+        sides = [SIZES[size] for size, _, _ in objects]
+        boxes = [tuple(int(v) for v in rng.integers(0, GRID + 1 - side, 2)) for side in sides]
+        if relation in ("left of", "right of"):  # side by side: one top edge
+            boxes[1] = (boxes[1][0], boxes[0][1])
+            if boxes[1][1] + sides[1] > GRID:
+                continue
+        clear = all(max(abs(a[0] + s / 2 - b[0] - t / 2), abs(a[1] + s / 2 - b[1] - t / 2)) >= (s + t) / 2
+                    for i, (a, s) in enumerate(zip(boxes, sides)) for b, t in list(zip(boxes, sides))[:i])
+        centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
+        if clear and (relation is None or related(*centres, relation, 1)):
+            return boxes
+    return None
+
+
+def related(a, b, relation, margin=0.0):
+    """Whether centre a=(x, y) stands in `relation` to b: along the named axis further than across it."""
+    dx, dy = b[0] - a[0], b[1] - a[1]
+    along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy), "right of": (-dx, dy)}[relation]
+    return along >= abs(across) + margin
+
+
+def read_caption(caption):
+    """caption -> (number, [(size or None, colour, shape), ...], relation or None, background)."""
+    names = {word: name for name, words in RELATIONS.items() for word in words}
+    thing = rf"(?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?"
+    match = re.fullmatch(rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
+                         rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
+    if not match:
+        raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
+    number, *words = match.groups()
+    objects = [tuple(words[:3])] + ([tuple(words[4:7])] if words[3] else [])
+    return NUMBERS[number], objects, names.get(words[3]), words[7] or "white"
+
+
+def kind(caption):
+    """"one object", "counts" or "relation": what a caption of the built-in scenes is about."""
+    number, _, relation, _ = read_caption(caption)
+    return "relation" if relation else "counts" if number > 1 else "one object"
+
+
+def regions(mask):
+    """4-connected regions of a boolean (H,W) mask, as lists of (row, column)."""
+    left = set(zip(*map(np.ndarray.tolist, np.nonzero(mask))))
+    found = []
+    while left:
+        stack, region = [left.pop()], []
+        while stack:
+            y, x = stack.pop()
+            region.append((y, x))
+            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if near in left:
+                    left.remove(near)
+                    stack.append(near)
+        found.append(region)
+    return found
+
+
+def recognise(image, background):
+    """Objects [(size, colour, shape, centre)] of a float (S,S,3) image in 0..255; None if malformed."""
+    cell = len(image) // GRID
+    plain = np.float32(BACKGROUNDS[background])
+    objects = []
+    for region in regions(abs(image - plain).max(-1) > 40):
+        ys, xs = np.array(region).T
+        if len(ys) < cell * cell / 16:
+            continue  # a speck of a pixel or two at 64 x 64 is noise of the tokenizer, not an object
+        colours = image[ys, xs]
+        core = colours[np.argsort(-((colours - plain) ** 2).sum(-1))[:len(ys) // 2]]
+        colour, gap = min(((name, abs(np.median(core, 0) - rgb).max()) for name, rgb in COLOURS.items()),
+                          key=lambda item: item[1])
+        if gap > 35:
+            return None
+        tone = np.float32(COLOURS[colour]) - plain
+        centre_y, centre_x = (ys.min() + ys.max() + 1) / 2, (xs.min() + xs.max() + 1) / 2
+        best = (1.0, None, None, None)
+        for size, cells in SIZES.items():
+            side = cells * cell
+            top, left = int(round(centre_y - side / 2)), int(round(centre_x - side / 2))
+            if min(top, left) < 0 or max(top, left) + side > len(image):
+                continue
+            cover = (image[top:top + side, left:left + side] - plain) @ tone / (tone @ tone)
+            outside = len(ys) - ((ys >= top) & (ys < top + side) & (xs >= left) & (xs < left + side)).sum()
+            for shape in SHAPES:
+                ideal = stencil(shape, side)
+                error = (abs(cover - ideal).sum() + outside) / ideal.sum()
+                best = min(best, (error, size, shape, (centre_x, centre_y)), key=lambda b: b[0])
+        if best[0] > 0.15:
+            return None
+        objects.append((best[1], colour, best[2], best[3]))
+    return objects
+
+
+def check(image, caption):
+    if not isinstance(image, np.ndarray):
+        image = image.detach().float().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
+    number, wanted, relation, background = read_caption(caption)
+    found = recognise(image.astype(np.float32), background)
+    if found is None or len(found) != number * len(wanted):
+        return False
+    orders = [found] if relation is None else [found, found[::-1]]
+    for order in orders:
+        fits = all(size in (None, got[0]) and (colour, shape) == got[1:3]
+                   for (size, colour, shape), got in zip(wanted * number, order))
+        if fits and (relation is None or related(order[0][3], order[1][3], relation)):
+            return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Real pictures
+# ---------------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CAPTION_KEYS = ("text", "caption", "prompt")    # of metadata rows and of .json files
+
+
+class BadImage(Exception):
+    """A picture that cannot be read, BadImage(name, reason); `batches` skips and counts it."""
+
+
+def open_image(file, draft=None):
+    """Any picture file -> PIL image in mode RGB, the way a viewer shows it.
+
+    file: path or binary file object. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 size, the
+    smallest with both sides >= draft; several times faster for large photographs.
+    EXIF rotation is applied, transparency lies on white, 16 bits are scaled to 8, of an
+    animation the first frame counts. Raises BadImage.
+    """
+    try:
+        image = Image.open(file)
+        if draft:
+            image.draft(None, (draft, draft))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):    # 16 bits: PIL's own conversion would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:    # PIL meets damaged files with a dozen different exceptions
+        raise BadImage(str(file), f"{type(error).__name__}: {error}") from None
+
+
+def _crop(image, size, rng, offset, ratios):
+    """Square at offset(slack) -> area resize to t×t, t in ratios·size -> random size×size cut.
+
+    t never exceeds the square: the papers only shrink. A picture smaller than `size`, of which
+    they say nothing, is enlarged to exactly `size`.
+    """
+    side = min(image.size)
+    left, top = (offset(length - side) for length in image.size)
+    low, high = (min(max(side, size), round(ratio * size)) for ratio in ratios)
+    t = int(rng.integers(low, high, endpoint=True))
+    method = Image.BOX if t <= side else Image.BICUBIC
+    image = image.resize((t, t), method, (left, top, left + side, top + side))
+    x, y = rng.integers(t - size + 1, size=2)
+    return np.array(image)[y : y + size, x : x + size]
+
+
+def tokenizer_crop(image, size, rng):
+    """DALL-E's dVAE preprocessing (DALL-E A.2, Listing 1), Parti §4.1's for stage 1.
+
+    PIL image -> uint8 (size, size, 3): random square, t in [9/8, 12/8]·size, random flip.
+    """
+    pixels = _crop(image, size, rng, lambda slack: rng.integers(slack + 1), (9 / 8, 12 / 8))
+    return pixels[:, ::-1].copy() if rng.integers(2) else pixels
+
+
+def prior_crop(image, size, rng):
+    """DALL-E's transformer preprocessing (DALL-E B.2, Listing 2), Parti §4.1's for stage 2.
+
+    PIL image -> uint8 (size, size, 3): square near the centre, t in [1, 9/8]·size. Never
+    flipped, since pictures may hold writing.
+    """
+    def near_centre(slack):
+        low = 3 * slack // 8
+        return rng.integers(low, max(low + 1, 5 * slack // 8))
+
+    return _crop(image, size, rng, near_centre, (1, 9 / 8))
+
+
+def centre_crop(image, size, rng=None):
+    """The largest central square, for evaluation: PIL image -> uint8 (size, size, 3)."""
+    return _crop(image, size, np.random.default_rng(0), lambda slack: slack // 2, (1, 1))
+
+
+def _inside(name, where):
+    """The relative path `name` that the file `where` mentions; SystemExit if it leads outside."""
+    if re.match(r"[/\\]|\w+:[/\\]", name) or ".." in re.split(r"[/\\]", name):
+        raise SystemExit(f"{where} names {name!r}; expected a path relative to it, without '..'")
+    return posixpath.normpath(name)
+
+
+def _index(path):
+    """{name: (file on disk, offset, size, key)} of all files below a folder or in a .tar.
+
+    Shards are read in place: only the offsets of their members are kept, so that access is
+    random and nothing is ever unpacked. A shard counts as a folder of its name. A picture and
+    its caption file share the key: the name up to the last dot; in a shard, up to the first.
+    """
+    if not (os.path.isdir(path) or os.path.isfile(path) and str(path).lower().endswith(".tar")):
+        raise SystemExit(f"--data {path}: expected a folder or a .tar file that exists")
+    files = {}
+    for folder, _, bases in list(os.walk(path)) or [("", [], [path])]:
+        for file in (os.path.join(folder, base) for base in bases):
+            name = os.path.relpath(file, path).replace(os.sep, "/")
+            if not file.lower().endswith(".tar"):
+                files[name] = file, 0, -1, posixpath.splitext(name)[0]
+                continue
+            try:
+                with tarfile.open(file, "r:") as shard:
+                    members = shard.getmembers()
+            except (tarfile.TarError, OSError) as error:
+                raise SystemExit(f"{file} is not a whole, uncompressed .tar ({error}); replace it")
+            for member in members:
+                inner = posixpath.normpath(posixpath.join(name, _inside(member.name, file)))
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise SystemExit(f"{file}: {inner} is a link; expected plain files")
+                if member.isreg():
+                    stem = posixpath.basename(inner).split(".")[0]
+                    key = posixpath.join(posixpath.dirname(inner), stem)
+                    files[inner] = file, member.offset_data, member.size, key
+    return files
+
+
+class Pictures:
+    """A folder or .tar shards of pictures: sample(index, rng), captions(n), len().
+
+    Captions come from the first of these that there is: `captions` (COCO captions JSON);
+    metadata.jsonl or metadata.csv at any depth (as Hugging Face's ImageFolder); x.txt, each line
+    a caption, or x.json beside x.png; the name of the picture's folder. Pictures that the first
+    two do not list are left out.
+
+    split: "train", or anything else for the 2 % of pictures that are held out, chosen by a
+    hash of their names. Raises SystemExit with one line if the data are not as described.
+    """
+
+    def __init__(self, path, captions=None, size=256, crop=tokenizer_crop, split="train"):
+        self.size, self.crop = size, crop
+        self.files = _index(path)
+        names = [name for name in sorted(self.files) if name.lower().endswith(EXTENSIONS)
+                 and not posixpath.basename(name).startswith(".")]
+        if not names:
+            raise SystemExit(f"--data {path}: no picture in it; looked for {' '.join(EXTENSIONS)}")
+        lists = [name for name in sorted(self.files)
+                 if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
+        if captions:
+            lists = [str(captions)]
+            self.files[lists[0]] = captions, 0, -1, ""
+        self.listed = {}
+        for file in lists:
+            self.listed.update(self._listed(file, bool(captions)))
+        if lists:
+            names = [name for name in names if name in self.listed]
+        if not names:
+            raise SystemExit(f"--data {path}: {lists[0]} names no picture that is there")
+        texts = {self.files[name][3]: name for name in sorted(self.files)
+                 if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
+        keys = {name: self.files[name][3] for name in names}
+        self.texts = {name: texts[key] for name, key in keys.items() if key in texts}
+        held_out = [name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0]
+        chosen = sorted(set(names) - set(held_out)) if split == "train" else held_out
+        self.names = chosen if 0 < len(chosen) < len(names) else names    # too few to be split
+
+    def __len__(self):
+        return len(self.names)
+
+    def sample(self, index, rng=None):
+        """-> uint8 (size, size, 3), caption. Without rng: central crop, first caption."""
+        name = self.names[index]
+        try:    # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing
+            image = open_image(io.BytesIO(self._read(name)), draft=round(1.5 * self.size))
+            captions = self._captions(name)
+        except (BadImage, OSError) as error:
+            raise BadImage(name, error.args[-1]) from None
+        if rng is None:
+            return centre_crop(image, self.size), captions[0]
+        return self.crop(image, self.size, rng), captions[rng.integers(len(captions))]
+
+    def captions(self, n):
+        """At most n captions, spread evenly over the pictures: list[str]."""
+        names = self.names[:: max(1, len(self) // n)]
+        return [caption for name in names for caption in self._captions(name)][:n]
+
+    def _read(self, name):
+        file, offset, size, _ = self.files[name]
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    def _captions(self, name):
+        """All captions of a picture: at least one, which may be empty."""
+        if self.listed:
+            return self.listed[name]
+        folder = posixpath.basename(posixpath.dirname(name))
+        if not self.texts:    # numbers and shards, as in 00000/00000.png, are no captions
+            named = any(map(str.isalpha, folder)) and not folder.lower().endswith(".tar")
+            return [folder.replace("_", " ") if named else ""]
+        if name not in self.texts:
+            return [""]
+        lines = self._read(self.texts[name]).decode("utf-8-sig", errors="replace")
+        if self.texts[name].lower().endswith(".json"):
+            try:
+                lines = _caption(json.loads(lines))
+            except (ValueError, KeyError, TypeError):    # about something other than the caption
+                lines = ""
+        return [" ".join(line.split()) for line in lines.split("\n") if line.strip()] or [""]
+
+    def _listed(self, file, coco):
+        """{picture: its captions} of metadata.jsonl, metadata.csv or COCO captions JSON.
+
+        The names in metadata are relative to it; those in COCO files to any folder of the data.
+        """
+        try:
+            text = self._read(file).decode("utf-8-sig")
+            if text.startswith("version https://git-lfs"):
+                raise SystemExit(f"{file} is a Git-LFS pointer, not the file itself: git lfs pull")
+            if coco:
+                content = json.loads(text)
+                pictures = {image["id"]: image["file_name"] for image in content["images"]}
+                rows = [{**row, "file_name": pictures[row["image_id"]]}
+                        for row in content["annotations"] if row["image_id"] in pictures]
+            elif file.endswith(".csv"):    # only the csv module can tell rows from line breaks
+                rows = csv.DictReader(io.StringIO(text, newline=""))
+            else:
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            pairs = [(_inside(row["file_name"], file), _caption(row)) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            expected = "COCO captions JSON" if coco else "rows with file_name and text"
+            raise SystemExit(f"{file}: {error!r}; expected {expected}")
+        folders = {posixpath.dirname(name) for name in self.files} if coco else set()
+        folders |= {posixpath.dirname(folder) for folder in folders or [file]}
+        listed = {}
+        for name, caption in pairs:
+            paths = (posixpath.join(folder, name) for folder in folders)
+            found = [path for path in paths if path in self.files]
+            if len(found) > 1:
+                raise SystemExit(f"{file}: {name} may be {' or '.join(sorted(found))}; give --data "
+                                 "the folder that it lies in")
+            for path in found:
+                listed.setdefault(path, []).append(caption)
+        return listed
+
+
+def _caption(row):
+    """The caption in a row of a metadata file, on one line. Raises KeyError if there is none."""
+    text = row[next(filter(row.__contains__, CAPTION_KEYS), CAPTION_KEYS[0])]
+    return " ".join(str(text or "").split())
+
+
+def open_data(path, captions=None, size=256, crop=tokenizer_crop, split="train", seed=0):
+    """The data of --data and --captions: built-in scenes if path is empty, else Pictures."""
+    if captions and not path:
+        raise SystemExit(f"--captions {captions} needs --data, the folder of its pictures")
+    return Pictures(path, captions, size, crop, split) if path else Scenes(split, size, seed)
+
+
+def save_grid(path, rows, labels=None):
+    """Write rows of pictures (n,3,H,W) in [0,1] as one PNG, each row above its label, if any.
+
+    Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
+    """
+    side = rows[0].shape[-1]
+    zoom = max(1, 128 // side)
+    cell, foot = side * zoom + 4, 18 if labels else 0
+    sheet = Image.new("RGB", (cell * max(map(len, rows)), (cell + foot) * len(rows)), "white")
+    for y, row in enumerate(rows):
+        pixels = row.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
+        for x, picture in enumerate(pixels.cpu().numpy()):
+            picture = Image.fromarray(picture).resize((side * zoom,) * 2, Image.NEAREST)
+            sheet.paste(picture, (x * cell + 2, y * (cell + foot) + 2))
+        if labels:
+            letters = sheet.width // 6
+            label = labels[y] if len(labels[y]) <= letters else labels[y][: letters - 3] + "..."
+            ImageDraw.Draw(sheet).text((3, y * (cell + foot) + cell), label, "black")
+    temporary = f"{path}.tmp"
+    sheet.save(temporary, "PNG")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Text
+# ---------------------------------------------------------------------------------------------
+
+PAD, UNKNOWN, BOS, EOS = range(4)
+
+
+def train_tokens(captions, pieces=16_000):
+    """A SentencePiece vocabulary (Parti §2.2: 16,000) from list[str] -> its bytes.
+
+    BPE, which makes words of few captions too. Case is folded. What the vocabulary lacks is
+    spelt in UTF-8 bytes, so that no text is unknown. Few captions give fewer pieces. Raises
+    SystemExit if no caption has any text.
+    """
+    captions = [caption[:1000] for caption in captions if caption.strip()]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
+            model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
+            normalization_rule_name="nmt_nfkc_cf", minloglevel=2,
+            pad_id=PAD, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS)
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(f"cannot learn {pieces} text tokens from {len(captions)} captions that "
+                         f"are not empty ({' '.join(str(error).split())})")
+    return model.getvalue()
+
+
+class Text:
+    """list[str] -> (B,T) int64: token ids, EOS, then padding 0. "" is padding alone: no condition.
+
+    model: the bytes of `train_tokens`. `vocab` is the number of ids; `truncated` counts the
+    captions that were cut to T = length tokens (Parti §2.2: 128).
+    """
+
+    def __init__(self, model, length=128):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.length, self.vocab, self.truncated = length, self.pieces.vocab_size(), 0
+
+    def __call__(self, captions):
+        ids = torch.zeros(len(captions), self.length, dtype=torch.int64)    # (B,T)
+        for row, tokens in zip(ids, self.pieces.encode(list(captions))):
+            if not tokens:
+                continue
+            self.truncated += len(tokens) >= self.length
+            tokens = tokens[: self.length - 1] + [EOS]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Stream: the order of the data is a function of (seed, step, slot) and of nothing else
+# ---------------------------------------------------------------------------------------------
+
+class Stream(torch.utils.data.Dataset):
+    """Endless: position p = step·batch + slot -> (pixels, caption, {bad file met: reason}).
+
+    Every epoch is its own permutation of the pictures; built-in scenes never repeat. The
+    generator of a sample, for augmentation and for caption dropout, is seeded by (seed, p), so
+    neither workers nor processes nor a resume change anything, and no state has to be saved.
+    """
+
+    def __init__(self, dataset, seed, drop=0.0):
+        self.dataset, self.seed, self.drop = dataset, seed, drop
+        self.epoch, self.order = -1, None
+
+    def _index(self, position):
+        if isinstance(self.dataset, Scenes):
+            return position
+        epoch, place = divmod(position, len(self.dataset))
+        if epoch != self.epoch:
+            order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.dataset))
+            self.epoch, self.order = epoch, order
+        return int(self.order[place])
+
+    def __getitem__(self, position):
+        rng = np.random.default_rng((self.seed, position))
+        bad = {}
+        for offset in range(100):    # a bad file gives way to the next one in the same order
+            try:
+                pixels, caption = self.dataset.sample(self._index(position + offset), rng)
+                return pixels, "" if rng.random() < self.drop else caption, bad
+            except BadImage as error:
+                bad[error.args[0]] = error.args[-1]
+        return None, "", bad
+
+
+def _collate(samples):
+    pixels, captions, bad = zip(*samples)
+    bad = {name: reason for met in bad for name, reason in met.items()}
+    if any(picture is None for picture in pixels):
+        return None, captions, bad
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions, bad
+
+
+def _deaf(worker):
+    """Ctrl-C reaches the workers too; they must go on until the main process has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop=0.0, text=None):
+    """Yields this process's slice of the global batches of the steps start .. steps-1.
+
+    -> uint8 (batch/world,3,S,S), and text(captions) (b,T) int64, or the list of captions if text
+    is None. drop: probability of an empty caption. Bad files are named once; SystemExit lists
+    them when they are more than 2 % (of the data; of what was read so far, from 10,000 on).
+    """
+    if batch < 1 or batch % world:
+        raise SystemExit(f"--batch {batch}: expected a positive multiple of the {world} processes")
+    share = batch // world
+    first = (step * batch + rank * share for step in range(start, steps))
+    loader = torch.utils.data.DataLoader(
+        Stream(dataset, seed, drop), batch_sampler=(range(p, p + share) for p in first),
+        num_workers=workers, collate_fn=_collate, worker_init_fn=_deaf,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())    # its own: loading must not disturb torch's random state
+    known, seen = {}, 0
+    for images, captions, bad in loader:
+        seen += share
+        for name in bad.keys() - known.keys():
+            known[name] = bad[name]
+            tqdm.write(f"skipped a bad picture ({len(known)} so far): {name}: {bad[name]}")
+        if images is None or len(known) > 0.02 * min(len(dataset), max(seen, 10_000)):
+            raise SystemExit(f"{len(known)} of {len(dataset)} pictures are bad, more than 2 %; "
+                             f"repair or remove: {', '.join(sorted(known)[:100])}")
+        yield images, text(captions) if text else list(captions)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Runtime: options, processes, checkpoints, logs, schedules
+# ---------------------------------------------------------------------------------------------
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise SystemExit(f"{message}; --help lists the options")
+
+
+def parse(description, options, presets=None, recipes=None, large="", argv=None):
+    """Command line -> (options, config, recipe), each a dataclass; one option per field.
+
+    options: dataclass with defaults, holding at least `data` and `preset` if there are presets.
+    presets, recipes: {name: dataclass} with "tiny" among the names; `large` names the preset
+    that --data brings. What is given explicitly overrides the preset. A field's metadata may
+    hold "help". Raises SystemExit with one line.
+    """
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = [presets["tiny"], recipes["tiny"], options] if presets else [options]
+    fields = {field.name: (field, part) for part in parts for field in dataclasses.fields(part)}
+    for name, (field, part) in fields.items():
+        value = getattr(part, name)
+        is_bool = isinstance(value, bool)
+        how = {"action": argparse.BooleanOptionalAction} if is_bool else {"type": type(value)}
+        shown = f"(default {value})" if part is options else "(default: the preset's)"
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
+                            help=f"{field.metadata.get('help', '')} {shown}".strip())
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected a number of at least 0")
+
+    def override(part):
+        own = {field.name for field in dataclasses.fields(part)}
+        return dataclasses.replace(part, **{k: v for k, v in given.items() if k in own})
+
+    options = override(options)
+    if not presets:
+        return options, None, None
+    options.preset = options.preset or (large if options.data else "tiny")
+    if options.preset not in presets:
+        parser.error(f"--preset {options.preset}: expected one of {', '.join(presets)}")
+    try:
+        return options, override(presets[options.preset]), override(recipes[options.preset])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def say(message):
+    """Print a line above the progress bar, once however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message)
+
+
+def pick(device="auto", dtype="auto"):
+    """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
+    here = ["cuda"] * (torch.cuda.is_available() and local < torch.cuda.device_count())
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = here[0] if device == "auto" else device
+    if name not in here:
+        raise SystemExit(f"--device {device}: process {local} has none; expected auto, {here}")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise SystemExit(f"--dtype {dtype}: expected auto, float32 or bfloat16")
+    fast = False    # without instructions for it, bfloat16 is slower than float32
+    if name == "cuda":
+        torch.cuda.set_device(local)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif name == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    wide = dtype == "float32" or dtype == "auto" and not fast
+    return torch.device(name), torch.float32 if wide else torch.bfloat16
+
+
+def launch(main):
+    """Run main(). When processes fail together, the first alone says why; all exit with 1.
+
+    The first is found by the store of torchrun, which outlives the processes that it started.
+    """
+    try:
+        main()
+    except (Exception, SystemExit):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        if attempt is not None:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
+            if store.add(f"failed/{attempt}", 1) > 1:
+                sys.exit(1)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_checkpoint(path):
+    """A checkpoint file -> its dict, on the CPU; SystemExit if it is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path} does not exist (on several machines, --out must be shared)")
+    except Exception as error:    # depending on where it was cut: five kinds, many lines
+        raise SystemExit(f"{path} is damaged ({type(error).__name__}); put the one before, "
+                         f"{Path(path).with_suffix('.prev.pt')}, in its place, or use --fresh")
+
+
+def _differences(there, here):
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+
+
+class Run:
+    """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv.
+
+    .rank .world .main (is this rank 0?) .device .dtype .stopping .skipped (steps that were not
+    finite). Plain `python` is one process; torchrun brings more (gloo on CPU, NCCL on CUDA).
+    """
+
+    def __init__(self, out="out", name="run", device="auto", dtype="auto", fresh=False,
+                 wandb=False):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.main, self.fresh = self.rank == 0, fresh
+        self.device, self.dtype = pick(device, dtype)
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.path, self.previous, self.temporary, self.csv = (
+            Path(out) / (name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
+        self.stopping, self.skipped, self.in_a_row, self.logged = False, 0, 0, -1
+        self.writer, self.problem, self.tracker = None, "", None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if wandb and self.main:
+                import wandb as tracker
+                self.tracker = tracker.init(project="parti", name=name, dir=str(out))
+        except OSError as error:
+            raise SystemExit(f"--out {out}: expected a folder that can be written ({error})")
+        except ImportError:
+            raise SystemExit("--wandb: the package is not here; pip install wandb")
+
+    def resume(self, config, recipe):
+        """-> the checkpoint's dict, or None to begin at step 0; all processes call it together.
+
+        config and recipe: plain dicts. A checkpoint of another config is refused; a recipe that
+        has changed is pointed out. From here on SIGTERM and Ctrl-C only set .stopping.
+        """
+        found = [False]
+        if self.main:    # a kill between the two renames of _write leaves only the previous one
+            self.temporary.unlink(missing_ok=True)
+            if not self.path.exists() and self.previous.exists():
+                os.replace(self.previous, self.path)
+            found = [self.path.exists() and not self.fresh]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        state = read_checkpoint(self.path) if found[0] else None
+        if state:
+            if different := _differences(state["config"], config):
+                raise SystemExit(f"{self.path} has another configuration ({different}); use the "
+                                 "same options, another --out, or --fresh")
+            finished = state["step"] >= recipe["steps"]
+            say(f"{self.path}: {'finished; --fresh starts over' if finished else 'continuing'}, "
+                f"step {state['step']} of {recipe['steps']} "
+                + _differences(state["recipe"], recipe))
+        if self.main and self.csv.exists():
+            self._reopen_log(keep=found[0])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        return state
+
+    def _stop(self, *_):
+        self.stopping = True
+
+    def _reopen_log(self, keep):
+        rows = self.csv.read_bytes()
+        rows = rows[: rows.rfind(b"\n") + 1]    # a kill may have torn the last row
+        os.truncate(self.csv, len(rows))
+        last = rows.decode().split("\n")[-2:][0].split(",")[0]
+        self.logged = int(last) if keep and last.isdigit() else -1
+        if not keep:
+            os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
+
+    def log(self, step, row):
+        """Append {name: number} to the log, on rank 0. A step that is there already is left alone.
+
+        The first row decides the columns: give all of them, None where there is no value.
+        """
+        if self.main and step > self.logged:
+            with open(self.csv, "a+", encoding="utf-8", newline="") as file:
+                file.seek(0)
+                columns = file.readline().split()
+                writer = csv.DictWriter(file, columns[0].split(",") if columns else ["step", *row])
+                if not columns:
+                    writer.writeheader()
+                writer.writerow({"step": step, **row})
+            self.logged = step
+            if self.tracker:
+                self.tracker.log(row, step=step)
+
+    def mean(self, value):
+        """The mean of a scalar tensor over all processes, as a number."""
+        value = value.detach().double()
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value.item() / self.world
+
+    def save(self, state):
+        """Write a dict of plain values and tensors, on rank 0. The disk does not hold up training:
+        here the state is only copied into memory, the rest happens in the background."""
+        if self.main:
+            self.wait()
+            copy = io.BytesIO()
+            torch.save(state, copy)
+            self.writer = threading.Thread(target=self._write, args=[copy.getbuffer()])
+            self.writer.start()
+
+    def _write(self, content):
+        """At every moment the path or the previous one is a whole checkpoint, flushed to disk."""
+        try:
+            with open(self.temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.path.exists():
+                os.replace(self.path, self.previous)
+            os.replace(self.temporary, self.path)
+            self.problem = ""
+        except OSError as error:    # a full disk, above all: training goes on
+            self.temporary.unlink(missing_ok=True)
+            self.problem = f"{self.path} was not saved ({error}); the older one is still there"
+            say(self.problem)
+
+    def wait(self):
+        """Until the last save is on disk."""
+        if self.writer:
+            self.writer.join()
+
+    def finish(self):
+        """At the end of training: SystemExit if the last checkpoint could not be saved."""
+        self.wait()
+        if self.problem:
+            raise SystemExit(self.problem)
+
+    def agree(self, finite):
+        """Tensor or bool -> (is it true on all processes?, has any been told to stop?).
+
+        The one all-reduce that a step needs besides its gradients. Counts the steps that are
+        not finite; SystemExit after 20 in a row.
+        """
+        flags = torch.tensor([not finite, self.stopping], dtype=torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(flags)
+        bad, stop = flags.bool().tolist()
+        self.skipped += bad
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if self.in_a_row == 20:
+            self.wait()
+            raise SystemExit(f"20 steps in a row were not finite; {self.path} holds the last good "
+                             "state: lower --lr, or use --dtype float32")
+        return not bad, stop
+
+
+def rate(step, recipe):
+    """The learning rate of update `step`, counted from 1.
+
+    recipe: lr, warmup, decay_from, steps; `final`, the last rate as a fraction of lr; schedule:
+    "cosine" (ViT-VQGAN §5.1: linear warm-up, then cosine), "exponential" (Parti §3: warm-up, flat
+    to decay_from, then exponential decay), "linear" (the same with a straight line).
+    """
+    if step < recipe.warmup:
+        return recipe.lr * step / recipe.warmup
+    begin = max(recipe.warmup, recipe.decay_from)
+    progress = min(max(step - begin, 0) / max(recipe.steps - begin, 1), 1.0)
+    if recipe.schedule == "exponential":
+        return recipe.lr * recipe.final**progress
+    if recipe.schedule not in ("cosine", "linear"):
+        raise ValueError(f"schedule {recipe.schedule}: expected cosine, exponential or linear")
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    left = cosine if recipe.schedule == "cosine" else 1 - progress    # from 1 to 0
+    return recipe.lr * (recipe.final + (1 - recipe.final) * left)
