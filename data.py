@@ -29,147 +29,161 @@ from tqdm import tqdm
 # 1. Scenes
 # ---------------------------------------------------------------------------------------------
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 225), "yellow": (245, 215, 50),
-           "purple": (135, 55, 175), "orange": (245, 135, 25), "pink": (250, 135, 190), "cyan": (60, 205, 225)}
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 225),
+           "yellow": (245, 215, 50), "purple": (135, 55, 175), "orange": (245, 135, 25),
+           "pink": (250, 135, 190), "cyan": (60, 205, 225)}
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 2, "large": 3}  # side of an object's box, in cells of an eighth of the picture
+SIZES = {"small": 2, "large": 3}    # side of an object's box, in cells
+GRID = 8                            # cells along a side of the picture
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
-             "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
+             "left of": ("left of", "to the left of"),
+             "right of": ("right of", "to the right of")}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3}
-# Pairs that training shows alone and in counts, but never in a relation.
+# These pairs appear alone and in counts, but in no relation of the training scenes.
 RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
-GRID = 8  # cells along a side
+KINDS = {"one object": 0.1, "counts": 0.18, "relation": 0.72}    # shares of the scenes
 
 
 def held_out(first, relation, second):
-    """True for the 10 % of (object, relation, object) combinations that training never shows.
-
-    "A above B" and "B below A" describe one picture, so both are held out or neither is.
-    """
-    one, two = (first, relation, second), (second, OPPOSITE[relation], first)
-    return zlib.crc32(repr(min(one, two)).encode()) % 10 == 0
+    """Is this one of the 10 % of combinations (colour, shape), relation, (colour, shape) that
+    training never shows? "A above B" and "B below A" describe one picture: both are, or none is."""
+    pictures = (first, relation, second), (second, OPPOSITE[relation], first)
+    return zlib.crc32(repr(min(pictures)).encode()) % 10 == 0
 
 
 @lru_cache(maxsize=None)
-def stencil(shape, pixels):
-    """Coverage (pixels, pixels) in [0,1] of a shape that fills its box but for a 1/16 margin."""
-    s = (np.arange(pixels * 8) + 0.5) / (pixels * 4) - 1  # 8 x 8 samples a pixel, from -1 to 1
-    x, y, r = s[None], s[:, None], 0.875
+def stencil(shape, side):
+    """What a shape covers of its box of side x side pixels: (side, side) in [0,1], anti-aliased."""
+    line = (np.arange(side * 8) + 0.5) / (side * 4) - 1    # 8 x 8 samples a pixel, from -1 to 1
+    x, y, r = line[None], line[:, None], 0.875             # r leaves a margin around the shape
     inside = {"circle": x * x + y * y < r * r,
-              "square": np.maximum(abs(x), abs(y)) < r * 0.9,
+              "square": np.maximum(abs(x), abs(y)) < 0.9 * r,
               "triangle": (abs(x) < (y + r) / 2) & (y < r),
-              "cross": (np.maximum(abs(x), abs(y)) < r) & (np.minimum(abs(x), abs(y)) < r * 0.36)}[shape]
-    return inside.reshape(pixels, 8, pixels, 8).mean((1, 3)).astype(np.float32)
+              "cross": (np.maximum(abs(x), abs(y)) < r)
+              & (np.minimum(abs(x), abs(y)) < 0.36 * r)}[shape]
+    return inside.reshape(side, 8, side, 8).mean((1, 3)).astype(np.float32)
 
 
 class Scenes:
-    """Endless captioned scenes..."""
+    """Endless captioned pictures of coloured shapes, a function of (seed, split, index).
 
-    kinds = {"one object": 0.12, "counts": 0.12, "relation": 0.76}
+    split: "train"; "seen", other scenes of the same combinations; "combination", relations of
+    combinations that are held out; "pair", relations with a colour and shape that training never
+    relates. size: pixels along a side, a multiple of 8; an index shows one scene at every size.
+    """
 
     def __init__(self, split="train", size=64, seed=0, length=1_000_000):
+        if split not in ("train", "seen", "combination", "pair") or size % GRID:
+            raise ValueError(f"no scenes of split {split!r} at {size} pixels; expected train, seen, "
+                             f"combination or pair, and a multiple of {GRID}")
         self.split, self.size, self.seed, self.length = split, size, seed, length
 
     def __len__(self):
         return self.length
 
     def sample(self, index, rng=None):
+        """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        while True:
-            objects, relation, background, caption = self.compose(rng)
-            boxes = place(objects, relation, rng)
-            if boxes:
-                return self.draw(objects, boxes, background), caption
+        boxes = None
+        while not boxes:
+            objects, relation, background, caption = self._compose(rng)
+            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
+        return self._draw(objects, boxes, background), caption
 
     def captions(self, n):
         """The captions of the first n scenes: list[str]."""
         return [self.sample(index)[1] for index in range(n)]
 
-    def compose(self, rng):
-        """Chooses objects [(size, colour, shape)], relation, background and the words for them."""
-        pick = lambda names: names[rng.integers(len(names))]
-        def thing():
-            return pick(list(COLOURS)), pick(SHAPES)
-        kind = "relation" if self.split in ("combination", "pair") else \
-            ("one object", "counts", "relation")[np.searchsorted([0.12, 0.24], rng.random(), side="right")]
-        relation = None
-        if kind == "relation":
-            while True:
-                first, relation, second = thing(), pick(list(RELATIONS)), thing()
-                rare = (first in RARE) + (second in RARE)
-                hidden = held_out(first, relation, second)
-                if first != second and {"combination": not rare and hidden, "pair": rare > 0}.get(
-                        self.split, not rare and not hidden):
-                    break
-            things = [first, second]
-        else:
-            things = [thing()]
-        sizes = [pick(list(SIZES)) for _ in things]
-        named = [("", size + " ")[rng.integers(2)] for size in sizes]
-        number = 1 if kind != "counts" else int(rng.integers(2, 4))
-        words = [f"{name}{colour} {shape}" for name, (colour, shape) in zip(named, things)]
-        words = [("an " if word[0] == "o" else "a ") + word for word in words]
-        text = words[0]
-        if kind == "relation":
-            text = f"{words[0]} {pick(RELATIONS[relation])} {words[1]}"
-        elif kind == "counts":
-            plural = words[0].split(" ", 1)[1] + ("es" if words[0].endswith("cross") else "s")
-            text = ("two ", "three ")[number - 2] + plural
-        background = pick(list(BACKGROUNDS))
-        if background != "white" or rng.integers(2):
-            text += pick((" on {}", " on a {} background")).format(background)
-        objects = [(size, *t) for size, t in zip(sizes, things)] * number
-        return objects, relation, background, text
+    def _compose(self, rng):
+        """-> [(size, colour, shape)], relation or None, background, caption."""
+        def pick(choices):
+            return list(choices)[rng.integers(len(choices))]
 
-    def draw(self, objects, boxes, background):
+        about = rng.choice(list(KINDS), p=list(KINDS.values()))
+        if self.split in ("combination", "pair"):
+            about = "relation"
+        while True:
+            things = [(pick(COLOURS), pick(SHAPES)) for _ in range(1 + (about == "relation"))]
+            relation = pick(RELATIONS) if about == "relation" else None
+            if relation is None:
+                break
+            rare, hidden = bool(RARE & set(things)), held_out(things[0], relation, things[1])
+            wanted = {"pair": rare, "combination": hidden and not rare}
+            if things[0] != things[1] and wanted.get(self.split, not (rare or hidden)):
+                break
+        sizes = [pick(SIZES) for _ in things]
+        nouns = [" ".join((size, *thing) if rng.integers(2) else thing)
+                 for size, thing in zip(sizes, things)]
+        caption = f"{_article(nouns[0])} {nouns[0]}"
+        number = 1
+        if about == "counts":
+            number = int(rng.integers(2, 4))
+            plural = nouns[0] + ("es" if nouns[0].endswith("s") else "s")
+            caption = f"{'two' if number == 2 else 'three'} {plural}"
+        if about == "relation":
+            caption += f" {pick(RELATIONS[relation])} {_article(nouns[1])} {nouns[1]}"
+        background = pick(BACKGROUNDS)    # white may go without saying
+        if background != "white" or rng.integers(2):
+            caption += pick((" on {}", " on a {} background")).format(background)
+        objects = [(size, *thing) for size, thing in zip(sizes, things)] * number
+        return objects, relation, background, caption
+
+    def _draw(self, objects, boxes, background):
         cell = self.size // GRID
         image = np.empty((self.size, self.size, 3), np.float32)
         image[:] = BACKGROUNDS[background]
         for (size, colour, shape), (x, y) in zip(objects, boxes):
             side = SIZES[size] * cell
-            cover = stencil(shape, side)[..., None]
-            window = image[y * cell:y * cell + side, x * cell:x * cell + side]
-            window += cover * (np.float32(COLOURS[colour]) - window)
+            window = image[y * cell : y * cell + side, x * cell : x * cell + side]
+            window += stencil(shape, side)[..., None] * (np.float32(COLOURS[colour]) - window)
         return np.round(image).astype(np.uint8)
 
 
-def place(objects, relation, rng):
-    """Left-top cells of boxes that do not overlap and obey the relation, or None."""
+def _article(noun):
+    return "an" if noun[0] == "o" else "a"
+
+
+def _place(sides, relation, rng):
+    """Left and top cells [(x, y)] of boxes apart from each other that obey the relation, or None.
+
+    Objects side by side share their top edge: which of them the raster meets first is then plain.
+    """
     for _ in range(40):
-        sides = [SIZES[size] for size, _, _ in objects]
-        boxes = [tuple(int(v) for v in rng.integers(0, GRID + 1 - side, 2)) for side in sides]
-        if relation in ("left of", "right of"):  # side by side: one top edge
-            boxes[1] = (boxes[1][0], boxes[0][1])
-            if boxes[1][1] + sides[1] > GRID:
-                continue
-        clear = all(max(abs(a[0] + s / 2 - b[0] - t / 2), abs(a[1] + s / 2 - b[1] - t / 2)) >= (s + t) / 2
-                    for i, (a, s) in enumerate(zip(boxes, sides)) for b, t in list(zip(boxes, sides))[:i])
+        boxes = [tuple(int(v) for v in rng.integers(GRID + 1 - side, size=2)) for side in sides]
+        if relation in ("left of", "right of"):
+            boxes[1] = boxes[1][0], min(boxes[0][1], GRID - sides[1])
         centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
-        if clear and (relation is None or related(*centres, relation, 1)):
+        apart = all(max(abs(centres[i][0] - centres[j][0]), abs(centres[i][1] - centres[j][1]))
+                    >= (sides[i] + sides[j]) / 2 for i in range(len(sides)) for j in range(i))
+        if apart and (relation is None or _related(*centres, relation, margin=1)):
             return boxes
     return None
 
 
-def related(a, b, relation, margin=0.0):
-    """Whether centre a=(x, y) stands in `relation` to b: along the named axis further than across it."""
+def _related(a, b, relation, margin=0.0):
+    """Does centre a = (x, y) stand in `relation` to b: further along the axis than across it?"""
     dx, dy = b[0] - a[0], b[1] - a[1]
-    along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy), "right of": (-dx, dy)}[relation]
+    along, across = {"above": (dy, dx), "below": (-dy, dx),
+                     "left of": (dx, dy), "right of": (-dx, dy)}[relation]
     return along >= abs(across) + margin
 
 
 def read_caption(caption):
-    """caption -> (number, [(size or None, colour, shape), ...], relation or None, background)."""
+    """-> number, [(size or None, colour, shape), ...], relation or None, background.
+
+    Raises ValueError if the caption is not one of the built-in scenes'.
+    """
     names = {word: name for name, words in RELATIONS.items() for word in words}
     thing = rf"(?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?"
-    match = re.fullmatch(rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
-                         rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
+    match = re.fullmatch(
+        rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
+        rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
     if not match:
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
     number, *words = match.groups()
     objects = [tuple(words[:3])] + ([tuple(words[4:7])] if words[3] else [])
-    return NUMBERS[number], objects, names.get(words[3]), words[7] or "white"
+    return {"two": 2, "three": 3}.get(number, 1), objects, names.get(words[3]), words[7] or "white"
 
 
 def kind(caption):
@@ -178,70 +192,74 @@ def kind(caption):
     return "relation" if relation else "counts" if number > 1 else "one object"
 
 
-def regions(mask):
-    """4-connected regions of a boolean (H,W) mask, as lists of (row, column)."""
-    left = set(zip(*map(np.ndarray.tolist, np.nonzero(mask))))
+def _regions(mask):
+    """4-connected regions of a boolean (H,W) mask: list of (rows, columns)."""
+    left = set(zip(*(axis.tolist() for axis in np.nonzero(mask))))
     found = []
     while left:
         stack, region = [left.pop()], []
         while stack:
             y, x = stack.pop()
             region.append((y, x))
-            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if near in left:
-                    left.remove(near)
-                    stack.append(near)
-        found.append(region)
+            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
+            left -= near
+            stack.extend(near)
+        found.append(np.array(region).T)
     return found
 
 
-def recognise(image, background):
-    """Objects [(size, colour, shape, centre)] of a float (S,S,3) image in 0..255; None if malformed."""
-    cell = len(image) // GRID
-    plain = np.float32(BACKGROUNDS[background])
+def _recognise(image, background):
+    """[(size, colour, shape, centre)] of a float (S,S,3) picture in 0..255; None if anything in it
+    is not one of the objects, well formed and in one colour."""
+    cell, plain = len(image) // GRID, np.float32(BACKGROUNDS[background])
     objects = []
-    for region in regions(abs(image - plain).max(-1) > 40):
-        ys, xs = np.array(region).T
+    for ys, xs in _regions(abs(image - plain).max(-1) > 40):
         if len(ys) < cell * cell / 16:
-            continue  # a speck of a pixel or two at 64 x 64 is noise of the tokenizer, not an object
-        colours = image[ys, xs]
-        core = colours[np.argsort(-((colours - plain) ** 2).sum(-1))[:len(ys) // 2]]
-        colour, gap = min(((name, abs(np.median(core, 0) - rgb).max()) for name, rgb in COLOURS.items()),
-                          key=lambda item: item[1])
-        if gap > 35:
-            return None
+            continue    # noise of the tokenizer: 3 pixels of 64 x 64
+        pixels = image[ys, xs]
+        core = pixels[np.argsort(-np.square(pixels - plain).sum(-1))[: len(ys) // 2]]
+        gap, colour = min((abs(np.median(core, 0) - rgb).max(), name)
+                          for name, rgb in COLOURS.items())
         tone = np.float32(COLOURS[colour]) - plain
-        centre_y, centre_x = (ys.min() + ys.max() + 1) / 2, (xs.min() + xs.max() + 1) / 2
-        best = (1.0, None, None, None)
+        centre = (xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2
+        fits = []
         for size, cells in SIZES.items():
             side = cells * cell
-            top, left = int(round(centre_y - side / 2)), int(round(centre_x - side / 2))
-            if min(top, left) < 0 or max(top, left) + side > len(image):
-                continue
-            cover = (image[top:top + side, left:left + side] - plain) @ tone / (tone @ tone)
-            outside = len(ys) - ((ys >= top) & (ys < top + side) & (xs >= left) & (xs < left + side)).sum()
+            left, top = (round(middle - side / 2) for middle in centre)
+            box = image[max(top, 0) : top + side, max(left, 0) : left + side]
+            if box.shape[:2] != (side, side):
+                continue    # this size would stick out of the picture
+            cover = (box - plain) @ tone / (tone @ tone)    # 1 where the colour is, 0 where not
+            outside = len(ys) - np.sum((ys >= top) & (ys < top + side)
+                                       & (xs >= left) & (xs < left + side))
             for shape in SHAPES:
                 ideal = stencil(shape, side)
                 error = (abs(cover - ideal).sum() + outside) / ideal.sum()
-                best = min(best, (error, size, shape, (centre_x, centre_y)), key=lambda b: b[0])
-        if best[0] > 0.15:
+                fits.append((error, size, shape))
+        error, size, shape = min(fits, default=(1.0, None, None))
+        if gap > 35 or error > 0.15:
             return None
-        objects.append((best[1], colour, best[2], best[3]))
+        objects.append((size, colour, shape, centre))
     return objects
 
 
 def check(image, caption):
-    if not isinstance(image, np.ndarray):
+    """Does the picture show just what the caption says: every object, its colour, its shape, its size
+    where named, number, relation, background (white unless named), and nothing else?
+
+    image: uint8 (S,S,3) or float tensor (3,S,S) in [0,1], S a multiple of 8. Decides from these
+    two alone. Raises ValueError for a caption that is not one of the built-in scenes'.
+    """
+    if isinstance(image, torch.Tensor):
         image = image.detach().float().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
     number, wanted, relation, background = read_caption(caption)
-    found = recognise(image.astype(np.float32), background)
+    found = _recognise(image.astype(np.float32), background)
     if found is None or len(found) != number * len(wanted):
         return False
-    orders = [found] if relation is None else [found, found[::-1]]
-    for order in orders:
+    for order in (found, found[::-1]):
         fits = all(size in (None, got[0]) and (colour, shape) == got[1:3]
                    for (size, colour, shape), got in zip(wanted * number, order))
-        if fits and (relation is None or related(order[0][3], order[1][3], relation)):
+        if fits and (relation is None or _related(order[0][3], order[1][3], relation)):
             return True
     return False
 

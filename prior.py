@@ -107,8 +107,9 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.width, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, text=None, lengths=None, cache=None, **rule):
-        """x (B, N, D) -> (B, N, D). text: features (B, T, D) or their keys and values; lengths (B,).
+    def forward(self, x, text=None, text_lengths=None, cache=None, **rule):
+        """x (B, N, D) -> (B, N, D). text: features (B, T, D) or their keys and values, with lengths
+        (B,). rule: what the self-attention sees, see `attention`.
         cache: a function that stores this step's keys and values and returns all kept ones."""
         h = self.norm1(x)
         keys_values = self.attention.keys_values(h)
@@ -118,7 +119,7 @@ class Block(nn.Module):
         if text is not None:
             # Inside the block, so that FSDP has gathered the weights by then.
             text = self.cross.keys_values(text) if torch.is_tensor(text) else text
-            x = x + self.drop(self.cross(self.norm2(x), text, lengths=lengths))
+            x = x + self.drop(self.cross(self.norm2(x), text, lengths=text_lengths))
         h = self.drop(F.gelu(self.up(self.norm3(x))))
         return x + self.drop(self.down(h))
 
@@ -294,7 +295,7 @@ class DualEncoder(nn.Module):
         self.image = Tower(vit, 3 * patch**2, config.width, *vit.sizes())
         self.text = nn.Linear(config.width, config.width, bias=False)  # into the common space
         self.head = nn.Linear(config.width, config.text_vocab, bias=False)  # hidden tokens
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of 1 / temperature (CLIP)
+        self.scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # log of 1 / temperature (CLIP)
         self.patch = patch
         initialise(self)
 
@@ -344,13 +345,14 @@ class Adafactor(torch.optim.Optimizer):
     """Adafactor as Parti used it (§3): factored second moment with a constant, bias-corrected decay,
     update clipping, momentum kept in int8, decoupled weight decay, absolute learning rate.
 
-    m, the momentum, is stored as round(m / s) with one s = max|m| / 127 a column."""
+    m, the momentum, is stored as round(m / s) with one s = max|m| / 127 a column; that of vectors,
+    which weigh nothing, as it is."""
 
     def __init__(self, params, lr, betas=(0.9, 0.96), weight_decay=0.045, clip=1.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, clip=clip))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # torch calls it with one, which is None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -359,7 +361,8 @@ class Adafactor(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch gives every state the type of its parameter
-            state["momentum"] = state["momentum"].to(torch.int8)
+            if "bucket" in state:
+                state["momentum"] = state["momentum"].to(torch.int8)
 
     def update(self, p, grad, state, group):
         beta1, beta2 = group["betas"]
@@ -369,20 +372,19 @@ class Adafactor(torch.optim.Optimizer):
         if p.ndim >= 2:  # only the mean of each row and of each column is kept
             rows = average(state, "rows", square.mean(-1, keepdim=True), decay)
             columns = average(state, "columns", square.mean(-2, keepdim=True), decay)
-            square = rows * columns / rows.mean(-2, keepdim=True)
+            # Two roots: the product of two tiny means would be 0, and the update NaN.
+            scale = (rows / rows.mean(-2, keepdim=True)).rsqrt() * columns.rsqrt()
         else:
-            square = average(state, "square", square, decay)
-        update = grad * square.rsqrt()
+            scale = average(state, "square", square, decay).rsqrt()
+        update = grad * scale
         update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
-        if "momentum" in state:
-            momentum = state["momentum"].float() * state["bucket"]
-        else:
-            momentum = torch.zeros_like(update)
-        momentum = momentum.lerp(update, 1 - beta1)
-        state["bucket"] = (momentum.abs().amax(0, keepdim=True) / 127).clamp(min=1e-30)
-        state["momentum"] = (momentum / state["bucket"]).round().to(torch.int8)
-        p.add_(momentum.to(p.dtype), alpha=-group["lr"])
+        momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
+        momentum = state["momentum"] = momentum.lerp(update, 1 - beta1)
+        if p.ndim >= 2:
+            state["bucket"] = (momentum.abs().amax(0, keepdim=True) / 127).clamp(min=1e-30)
+            state["momentum"] = (momentum / state["bucket"]).round().to(torch.int8)
         p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(momentum.to(p.dtype), alpha=-group["lr"])
 
 
 def average(state, name, value, decay):
@@ -460,6 +462,7 @@ def conv_offsets(kernel, grid):
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
+    LOG2E = tl.constexpr(1.4426950408889634)
     INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
     @triton.jit
@@ -479,7 +482,9 @@ if triton is not None:
     def _place(heads, LENGTHS, m):
         """Batch row and head of this program, and the number of keys in that row."""
         b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        length = m if LENGTHS is None else tl.minimum(tl.load(LENGTHS + b).to(tl.int32), m)
+        length = tl.full([], m, tl.int32)
+        if LENGTHS is not None:
+            length = tl.minimum(tl.load(LENGTHS + b).to(tl.int32), length)
         return b, h, length
 
     @triton.jit
@@ -494,24 +499,23 @@ if triton is not None:
         tl.store(X + at, value.to(X.dtype.element_ty), mask=rows[:, None] < n)
 
     @triton.jit
-    def _forward(Q, K, V, O, LSE, LENGTHS, qs, ks, vs, os, heads, n, m, scale,
+    def _forward(Q, K, V, O, LSE, LENGTHS, sq, sk, sv, so, heads, n, m, scale, behind, ahead,
                  CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr, D: tl.constexpr,
                  OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
         """O and the log-sum-exp of one tile of queries."""
         b, h, length = _place(heads, LENGTHS, m)
         i0 = tl.program_id(0) * OWN
         i = i0 + tl.arange(0, OWN)
-        q = _load(Q, qs, b, h, i, n, D)
+        q = _load(Q, sq, b, h, i, n, D)
         # A finite floor for the maximum, not -inf: a row that sees no key then ends with l = 0.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
         total = tl.zeros([OWN], tl.float32)  # l, running sum of exp(S - top)
         acc = tl.zeros([OWN, D], tl.float32)  # running sum of exp(S - top) V
-        behind = (GRID + 1) * (KERNEL // 2) if KERNEL > 0 else n
-        first, last = _tile_range(i0, OWN, STEP, length, behind, 0 if CAUSAL else m)
+        first, last = _tile_range(i0, OWN, STEP, length, behind, ahead)
         for j0 in range(first, last, STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, ks, b, h, j, m, D), _load(V, vs, b, h, j, m, D)
-            s = _dot(q, tl.trans(k)) * scale
+            k, v = _load(K, sk, b, h, j, m, D), _load(V, sv, b, h, j, m, D)
+            s = _dot(q, tl.trans(k)) * (scale * LOG2E)
             s = _mask(s, i[:, None], j[None, :], length, CAUSAL, KERNEL, GRID)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
@@ -520,7 +524,7 @@ if triton is not None:
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
         total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        _store(O, os, b, h, i, n, acc / total[:, None], D)
+        _store(O, so, b, h, i, n, acc / total[:, None], D)
         tl.store(LSE + tl.program_id(1) * n + i, top + tl.log2(total), mask=i < n)
 
     @triton.jit
@@ -528,84 +532,80 @@ if triton is not None:
                  CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr):  # fmt: skip
         """P = exp(S - lse), computed again, and dS = P * (dP - delta) with dP = dO V^T, as tiles
         (queries, keys) for x, y = Q, K and gx, gy = dO, V, or transposed, both pairs swapped."""
-        s = _mask(_dot(x, tl.trans(y)) * scale - lse, i, j, length, CAUSAL, KERNEL, GRID)
-        p = tl.exp2(s)
+        s = _dot(x, tl.trans(y)) * (scale * LOG2E) - lse
+        p = tl.exp2(_mask(s, i, j, length, CAUSAL, KERNEL, GRID))
         dp = _dot(gx, tl.trans(gy))
         return p.to(x.dtype), (p * (dp - delta)).to(x.dtype)
 
     @triton.jit
-    def _backward_q(Q, K, V, G, DQ, LSE, DELTA, LENGTHS, qs, ks, vs, gs, dqs, heads, n, m, scale,
-                    factor, CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr,
-                    D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-        """dQ = dS K / sqrt(d) of one tile of queries; the same walk as in the forward pass."""
+    def _backward(Q, K, V, G, DQ, DK, DV, LSE, DELTA, LENGTHS, sq, sk, sv, sg, sdq, sdk, sdv,
+                  heads, n, m, scale, behind, ahead, CAUSAL: tl.constexpr, KERNEL: tl.constexpr,
+                  GRID: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
+                  STEP: tl.constexpr):  # fmt: skip
+        """dK and dV of one tile of keys, then dQ of the tile of queries at the same positions."""
         b, h, length = _place(heads, LENGTHS, m)
-        i0 = tl.program_id(0) * OWN
-        i = i0 + tl.arange(0, OWN)
-        q, g = _load(Q, qs, b, h, i, n, D), _load(G, gs, b, h, i, n, D)
-        lse = tl.load(LSE + tl.program_id(1) * n + i, mask=i < n, other=0.0)[:, None]
-        delta = tl.load(DELTA + tl.program_id(1) * n + i, mask=i < n, other=0.0)[:, None]
-        dq = tl.zeros([OWN, D], tl.float32)
-        behind = (GRID + 1) * (KERNEL // 2) if KERNEL > 0 else n
-        first, last = _tile_range(i0, OWN, STEP, length, behind, 0 if CAUSAL else m)
-        for j0 in range(first, last, STEP):
-            j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, ks, b, h, j, m, D), _load(V, vs, b, h, j, m, D)
-            _, ds = _weights(q, k, g, v, lse, delta, i[:, None], j[None, :], length, scale,
-                             CAUSAL, KERNEL, GRID)  # fmt: skip
-            dq += _dot(ds, k)
-        _store(DQ, dqs, b, h, i, n, dq * factor, D)
-
-    @triton.jit
-    def _backward_kv(Q, K, V, G, DK, DV, LSE, DELTA, LENGTHS, qs, ks, vs, gs, dks, dvs, heads, n,
-                     m, scale, factor, CAUSAL: tl.constexpr, KERNEL: tl.constexpr,
-                     GRID: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
-                     STEP: tl.constexpr):  # fmt: skip
-        """dV = P^T dO and dK = dS^T Q / sqrt(d) of one tile of keys, from the queries around it."""
-        b, h, length = _place(heads, LENGTHS, m)
-        j0 = tl.program_id(0) * OWN
-        j = j0 + tl.arange(0, OWN)
-        k, v = _load(K, ks, b, h, j, m, D), _load(V, vs, b, h, j, m, D)
+        LSE, DELTA = LSE + tl.program_id(1) * n, DELTA + tl.program_id(1) * n
+        start = tl.program_id(0) * OWN
+        own = start + tl.arange(0, OWN)
+        # dV = P^T dO and dK = dS^T Q / sqrt(d), over the queries that see these keys: those from
+        # `ahead` before to `behind` after, or none at all if the keys are padding.
+        key, value = _load(K, sk, b, h, own, m, D), _load(V, sv, b, h, own, m, D)
         dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
-        ahead = (GRID + 1) * (KERNEL // 2) if KERNEL > 0 else n
-        end = n if j0 < length else 0  # a tile of padding is seen by no query
-        first, last = _tile_range(j0, OWN, STEP, end, 0 if CAUSAL else m, ahead)
+        end = n if start < length else 0
+        first, last = _tile_range(start, OWN, STEP, end, ahead, behind)
         for i0 in range(first, last, STEP):
             i = i0 + tl.arange(0, STEP)
-            q, g = _load(Q, qs, b, h, i, n, D), _load(G, gs, b, h, i, n, D)
-            lse = tl.load(LSE + tl.program_id(1) * n + i, mask=i < n, other=0.0)[None, :]
-            delta = tl.load(DELTA + tl.program_id(1) * n + i, mask=i < n, other=0.0)[None, :]
-            p, ds = _weights(k, q, v, g, lse, delta, i[None, :], j[:, None], length, scale,
-                             CAUSAL, KERNEL, GRID)  # fmt: skip  # both (keys, queries)
+            q, g = _load(Q, sq, b, h, i, n, D), _load(G, sg, b, h, i, n, D)
+            lse = tl.load(LSE + i, mask=i < n, other=0.0)[None, :]
+            delta = tl.load(DELTA + i, mask=i < n, other=0.0)[None, :]
+            p, ds = _weights(key, q, value, g, lse, delta, i[None, :], own[:, None], length,
+                             scale, CAUSAL, KERNEL, GRID)  # fmt: skip  # (keys, queries)
             dv += _dot(p, g)
             dk += _dot(ds, q)
-        _store(DK, dks, b, h, j, m, dk * factor, D)
-        _store(DV, dvs, b, h, j, m, dv, D)
+        _store(DK, sdk, b, h, own, m, dk * scale, D)
+        _store(DV, sdv, b, h, own, m, dv, D)
+        # dQ = dS K / sqrt(d), over the keys that these queries see, as in the forward pass.
+        q, g = _load(Q, sq, b, h, own, n, D), _load(G, sg, b, h, own, n, D)
+        lse = tl.load(LSE + own, mask=own < n, other=0.0)[:, None]
+        delta = tl.load(DELTA + own, mask=own < n, other=0.0)[:, None]
+        dq = tl.zeros([OWN, D], tl.float32)
+        end = length if start < n else 0
+        first, last = _tile_range(start, OWN, STEP, end, behind, ahead)
+        for j0 in range(first, last, STEP):
+            j = j0 + tl.arange(0, STEP)
+            k, v = _load(K, sk, b, h, j, m, D), _load(V, sv, b, h, j, m, D)
+            _, ds = _weights(q, k, g, v, lse, delta, own[:, None], j[None, :], length, scale,
+                             CAUSAL, KERNEL, GRID)  # fmt: skip  # (queries, keys)
+            dq += _dot(ds, k)
+        _store(DQ, sdq, b, h, own, n, dq * scale, D)
 
 
 class Fused(torch.autograd.Function):
     """The kernels above as one differentiable function; see `attention` for the arguments."""
 
     @staticmethod
-    def launch(kernel, outputs, inputs, extra, sizes, mask, own, step):
-        """Run `kernel` on every tile of `own` rows of the first output, for every head."""
-        B, H, rows, d = outputs[0].shape
-        if inputs[0].element_size() == 4:  # float32 tiles of half the size fit where 16-bit ones do
-            own, step = 32, 32
-        strides = [x.stride()[:3] for x in inputs + outputs]
-        kernel[(triton.cdiv(rows, own), B * H)](
-            *inputs, *outputs, *extra, *strides, H, *sizes, *mask, d, own, step,
-            num_warps=8 if d * inputs[0].element_size() > 128 else 4)  # fmt: skip
+    def launch(run, inputs, outputs, extra, causal, kernel, grid, own, step):
+        """Run a kernel on every tile of `own` positions of every head."""
+        (B, H, n, d), m = inputs[0].shape, inputs[1].shape[2]
+        behind = (grid + 1) * (kernel // 2) if kernel else n + m  # query i sees key j only from
+        ahead = 0 if causal else n + m  # i - behind to i + ahead
+        size = inputs[0].element_size()
+        own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
+        warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
+        rows = n if len(outputs) == 1 else max(n, m)
+        strides = [x.stride()[:3] for x in (*inputs, *outputs)]
+        run[(triton.cdiv(rows, own), B * H)](
+            *inputs, *outputs, *extra, *strides, H, n, m, d**-0.5, behind, ahead,
+            causal, kernel, grid, d, own, step, num_warps=warps, num_stages=stages)  # fmt: skip
 
     @staticmethod
     def forward(ctx, q, k, v, lengths, causal, kernel, grid):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        (B, H, n, d), m = q.shape, k.shape[2]
-        ctx.mask, scale = (causal, kernel, grid), d**-0.5
-        ctx.sizes = (n, m, scale * 1.4426950408889634)  # the last: with log2(e)
-        out, lse = torch.empty_like(q), q.new_empty(B * H, n, dtype=torch.float32)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         own = 64 if kernel else 128  # a narrow tile follows the band of the mask more closely
-        Fused.launch(_forward, [out], [q, k, v], [lse, lengths], ctx.sizes, ctx.mask, own, 64)
+        Fused.launch(_forward, (q, k, v), [out], (lse, lengths), causal, kernel, grid, own, 64)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
+        ctx.mask = causal, kernel, grid
         return out
 
     @staticmethod
@@ -614,12 +614,9 @@ class Fused(torch.autograd.Function):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
         delta = (grad.float() * out.float()).sum(-1).contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        inputs, extra = [q, k, v, grad], [lse, delta, lengths]
-        sizes = (*ctx.sizes, q.shape[-1] ** -0.5)
-        Fused.launch(_backward_q, [dq], inputs, extra, sizes, ctx.mask, 64, 32)
-        Fused.launch(_backward_kv, [dk, dv], inputs, extra, sizes, ctx.mask, 64, 32)
-        return dq, dk, dv, None, None, None, None
+        grads, extra = [torch.empty_like(x) for x in (q, k, v)], (lse, delta, lengths)
+        Fused.launch(_backward, (q, k, v, grad), grads, extra, *ctx.mask, 64, 32)
+        return (*grads, None, None, None, None)
 
 
 # --- the other path: torch's own attention -------------------------------------------------------

@@ -17,6 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import prior
 import vqgan
-from data import (Text, batches, check, kind, launch, open_data, parse, pick, prior_crop,
+from data import (Scenes, Text, batches, check, kind, launch, open_data, parse, pick, prior_crop,
                   read_checkpoint, save_grid, say)
 
 BATCH = 64   # pictures drawn at a time
@@ -68,8 +69,9 @@ class Painter:
         self.prior = self.ranker = self.upsampler = None
         saved = {}
         if not options.evaluate or (out / "prior.pt").exists():
-            saved = self.read("prior.pt", "train_vqgan.py && python train_prior.py")
-            self.prior, self.text = prior.load(out / "prior.pt").to(self.device), words(saved)
+            path = self.find("prior.pt", "train_vqgan.py && python train_prior.py")
+            saved = read_checkpoint(path)
+            self.prior, self.text = prior.load(path).to(self.device), words(saved)
         self.sampling = dict(guidance=1.2, temperature=1.0, top_k=0, top_p=1.0)   # Parti's
         self.sampling |= saved.get("sampling", {})                                # the preset's
         self.sampling |= {k: v for k in self.sampling if (v := getattr(options, k)) >= 0}
@@ -89,13 +91,13 @@ class Painter:
             if torch.equal(larger.codebook, self.vqgan.codebook):   # else another tokenizer's
                 self.decoder = larger
         if options.rerank or options.evaluate and (out / "text.pt").exists():
-            saved = self.read("text.pt", "train_prior.py --stage text")
+            saved = read_checkpoint(self.find("text.pt", "train_prior.py --stage text"))
             config, self.side = prior.PriorConfig(**saved["config"]), saved["image_size"]
             ranker = prior.DualEncoder(config, self.side, saved["patch"])
             ranker.load_state_dict(saved["model"])
             self.ranker, self.ranker_text = ranker.to(self.device).eval(), words(saved)
         if options.upsample:
-            saved = self.read("upsampler.pt", "train_vqgan.py --stage upsampler")
+            saved = read_checkpoint(self.find("upsampler.pt", "train_vqgan.py --stage upsampler"))
             self.upsampler = vqgan.Upsampler(**saved["config"])
             self.upsampler.load_state_dict(saved["model"])
             self.upsampler.to(self.device)
@@ -107,38 +109,31 @@ class Painter:
             raise SystemExit(f"{path} does not exist; this makes it: python {command}")
         return path
 
-    def read(self, name, command):
-        return read_checkpoint(self.find(name, command))
-
     def draw(self, captions, candidates=1, **sampling):
         """B captions -> M candidates for each (B, M, 3, S, S) in [0, 1] and their scores (B, M):
         cosine with the caption, or 0 without a ranker. sampling overrides guidance and so on."""
-        how = self.sampling | sampling
-        captions = [caption for caption in captions for _ in range(candidates)]
-        pictures, scores = [], []
-        for start in range(0, len(captions), BATCH):
-            part = captions[start:start + BATCH]
-            with self.autocast:
-                tokens = self.prior.generate(self.text(part).to(self.device), **how,
-                                             generator=self.generator)     # (b, N)
-                images = self.decoder.decode(tokens).clamp(0, 1)           # (b, 3, S, S)
-                score = torch.zeros(len(part))
-                if self.ranker:
-                    small = F.interpolate(images, (self.side, self.side), mode="area")
-                    text = self.ranker.embed_text(self.ranker_text(part).to(self.device))
-                    score = (text * self.ranker.embed_images(small)).sum(-1).cpu()
-            pictures.append(images.cpu())
-            scores.append(score)
-        return (torch.cat(pictures).unflatten(0, (-1, candidates)),
-                torch.cat(scores).view(-1, candidates))
+        text = self.text(captions).repeat_interleave(candidates, dim=0)    # (B*M, T)
+        how = {**self.sampling, **sampling, "generator": self.generator}
+        with self.autocast:
+            pictures = torch.cat([
+                self.decoder.decode(self.prior.generate(part.to(self.device), **how)).clamp(0, 1)
+                for part in text.split(BATCH)])                            # (B*M, 3, S, S)
+            scores = torch.zeros(len(text))
+            if self.ranker:
+                small = F.interpolate(pictures, (self.side, self.side), mode="area")
+                text = self.ranker.embed_text(self.ranker_text(captions).to(self.device))
+                text = text.repeat_interleave(candidates, dim=0)           # (B*M, D)
+                scores = (text * self.ranker.embed_images(small)).sum(-1).cpu()
+        return pictures.cpu().unflatten(0, (-1, candidates)), scores.view(-1, candidates)
 
     def paint(self, captions):
         """B captions -> n pictures for each (B, n, 3, S, S), reranked and enlarged as asked."""
         n = max(1, self.options.n)
         pictures, _ = best(*self.draw(captions, max(n, self.options.rerank)), n)
         if self.upsampler:
-            parts = [self.upsampler(x.to(self.device)).cpu() for x in pictures.flatten(0, 1).split(8)]
-            pictures = torch.cat(parts).unflatten(0, (-1, n)).clamp(0, 1)
+            parts = pictures.flatten(0, 1).split(8)
+            parts = [self.upsampler(part.to(self.device)).clamp(0, 1).cpu() for part in parts]
+            pictures = torch.cat(parts).unflatten(0, (-1, n))
         return pictures
 
 
@@ -175,7 +170,7 @@ def read_prompts(path):
 
 
 def slug(text):
-    """Any text -> a short name for every file system; of letters that are not ASCII none is left."""
+    """Any text -> a short name for every file system; letters that are not ASCII are lost."""
     return re.sub("[^a-z0-9]+", "-", text.lower())[:60].strip("-")
 
 
@@ -205,10 +200,11 @@ def draw_file(painter, options):
             for file, picture in zip(row["files"], to_bytes(pictures).permute(0, 2, 3, 1)):
                 Image.fromarray(picture.numpy()).save(f"{file}.tmp", "PNG")
                 os.replace(f"{file}.tmp", file)    # a kill leaves no half picture
-    for name, rows in sheets.items():
-        rows = rows[:400]
-        thumbs = [torch.cat([thumbnail(file) for file in row["files"]]) for row in rows]
-        save_grid(folder / f"{name}.png", thumbs, [row["Prompt"] for row in rows])
+    for name, part in sheets.items():
+        small = [[Image.open(file).resize((128, 128), Image.BOX) for file in row["files"]]
+                 for row in part[:400]]
+        pictures = torch.from_numpy(np.array(small)).permute(0, 1, 4, 2, 3) / 255
+        save_grid(folder / f"{name}.png", pictures, [row["Prompt"] for row in part[:400]])
     say(f"{folder}: pictures ...-{digest}-*.png, contact sheets {', '.join(sheets)}")
 
 
@@ -239,31 +235,28 @@ def moments(features):
     return x.mean(0), torch.cov(x.T)
 
 
-class Inception:
-    """FID's features: uint8 pictures (b, 3, H, W) -> (b, 2048), by NVIDIA's TorchScript file, which
-    resizes inside (Parti §5.2 uses another copy of the same weights)."""
+def load_inception(path, device):
+    """NVIDIA's TorchScript Inception -> function of uint8 pictures (b, 3, H, W), which it resizes
+    itself, that gives features (b, 2048) on the CPU. SystemExit if it cannot be loaded."""
+    try:
+        net = torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"--inception {path}: {str(error).splitlines()[0]}")
+    return lambda images: net(images.to(device), return_features=True).cpu()
 
-    def __init__(self, options, device):
-        try:
-            self.net = torch.jit.load(options.inception, map_location=device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"--inception {options.inception}: {str(error).splitlines()[0]}")
-        self.options, self.device = options, device
 
-    def __call__(self, images):
-        return self.net(images.to(self.device), return_features=True).cpu()
-
-    def reference(self, dataset, n):
-        """Moments of the real pictures, kept in out/ under a digest of network and pixels."""
-        digest = hashlib.sha256(Path(self.options.inception).read_bytes())
-        for images, _ in held_out(dataset, n, self.options.seed, "reading"):
-            digest.update(images.numpy().tobytes())
-        path = Path(self.options.out, f"fid-{digest.hexdigest()[:16]}.pt")
-        if not path.exists():
-            pictures = held_out(dataset, n, self.options.seed, "reference")
-            torch.save(moments([self(images) for images, _ in pictures]), f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        return torch.load(path, weights_only=True)
+def reference(inception, dataset, n, options):
+    """Moments of the features of n real pictures, kept in out/ under a digest of the network and
+    of every pixel."""
+    digest = hashlib.sha256(Path(options.inception).read_bytes())
+    for images, _ in held_out(dataset, n, options.seed, "digest"):
+        digest.update(images.numpy().tobytes())
+    path = Path(options.out, f"fid-{digest.hexdigest()[:16]}.pt")
+    if not path.exists():
+        pictures = held_out(dataset, n, options.seed, "reference")
+        torch.save(moments([inception(images) for images, _ in pictures]), f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    return torch.load(path, weights_only=True)
 
 
 def held_out(dataset, n, seed, what):
@@ -276,61 +269,59 @@ def held_out(dataset, n, seed, what):
         yield images[:n - step * size], captions[:n - step * size]
 
 
-def note(tally, key, pictures, captions, dataset):
-    """Of built-in scenes, add to tally[(*key, group)] whether each picture shows its caption: all
-    captions, by kind, and those that name a background."""
-    if isinstance(dataset, Scenes):
-        for picture, caption in zip(pictures, captions):
-            right = bool(check(picture, caption))
-            for group in ["all", kind(caption)] + ["background named"] * (" on " in caption):
-                tally[*key, f"right: {group}"].append(right)
+def note(tally, key, name, pictures, captions, dataset):
+    """Of built-in scenes, add to tally[*key, name and group] whether pictures show their captions:
+    for all of them and, but for the sweep, by kind and for those that name a background."""
+    for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
+        groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
+        right = bool(check(picture, caption))
+        for group in groups[:1] if key[0].startswith("sweep") else groups:
+            tally[*key, f"{name}: {group}"].append(right)
 
 
 def note_drawn(painter, tally, split, captions, dataset, candidates, **sampling):
     """Draw captions; add how good the first candidates are, and the best, which are returned."""
     pictures, scores = painter.draw(captions, candidates, **sampling)
-    guidance = (painter.sampling | sampling)["guidance"]
     for m in sorted({1, candidates}):
         chosen, score = best(pictures[:, :m], scores[:, :m], 1)
-        note(tally, (split, guidance, m), chosen[:, 0], captions, dataset)
+        key = split, (painter.sampling | sampling)["guidance"], m
+        note(tally, key, "right", chosen[:, 0], captions, dataset)
         if painter.ranker:
-            tally[split, guidance, m, "text-image cosine"] += score[:, 0].tolist()
+            tally[*key, "text-image cosine"] += score[:, 0].tolist()
     return chosen[:, 0]
 
 
-def measure(painter, split, dataset, n, tally, inception=None):
+def measure(painter, split, dataset, n, tally, inception):
     """Tokenizer, prior and drawn pictures on n held-out samples: adds to tally a value per picture,
     yields rows (split, guidance, candidates, measure, n, value) of what is not a mean of such."""
-    codes, features, key = [], defaultdict(list), (split, "", "")
-    sampling, candidates = painter.sampling["guidance"], max(1, painter.options.rerank)
-    for images, captions in held_out(dataset, n, painter.options.seed, split):
+    options, key, codes, features = painter.options, (split, "", ""), [], defaultdict(list)
+    for images, captions in held_out(dataset, n, options.seed, split):
         real = images.to(painter.device) / 255
         tokens = painter.vqgan.encode(real)
-        again = painter.decoder.decode(tokens).clamp(0, 1)
-        decibels = vqgan.psnr(real, again)
+        made = {"rFID": painter.decoder.decode(tokens).clamp(0, 1)}
+        decibels = vqgan.psnr(real, made["rFID"])
+        codes.append(tokens.cpu())
         tally[*key, "tokenizer: PSNR, dB"] += decibels.tolist()
         tally[*key, "tokenizer: MSE"] += (10 ** (-decibels / 10)).tolist()
-        note(tally, (split, "", "", "tokenizer"), again, captions, dataset)
-        codes.append(tokens.cpu())
-        made = {("", "", "rFID"): again}
+        note(tally, key, "reconstruction right", made["rFID"], captions, dataset)
         if painter.prior:
             with painter.autocast:
                 logits = painter.prior(painter.text(captions).to(painter.device), tokens)
             loss = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
             tally[*key, "prior: cross-entropy, nats per token"] += loss.tolist()
-            made[sampling, candidates, "FID"] = note_drawn(painter, tally, split, captions, dataset,
-                                                           candidates)
+            made["FID"] = note_drawn(painter, tally, split, captions, dataset,
+                                     max(1, options.rerank))
         for name in made if inception else ():
             features[name].append(inception(to_bytes(made[name])))
-    usage, perplexity = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
+    usage = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
     count = sum(map(len, codes))
-    yield *key, "tokenizer: codebook usage, 256 pictures", count, usage
-    yield *key, "tokenizer: codebook perplexity", count, perplexity
-    for name, parts in features.items():
+    yield *key, "tokenizer: codebook usage, 256 pictures", count, usage[0]
+    yield *key, "tokenizer: codebook perplexity", count, usage[1]
+    for name, parts in features.items() if count > 1 else ():
         if count < 2048:
-            say(f"{name[-1]} of {count} pictures: degenerate below 2,048, compare it with nothing")
-        real = inception.reference(dataset, n)
-        yield split, *name, count, frechet(*real, *moments(parts))
+            say(f"{name} of {count} pictures: degenerate below 2,048, do not compare it")
+        real = reference(inception, dataset, n, options)
+        yield *key, name, count, frechet(*real, *moments(parts))
 
 
 def evaluate(painter, options):
@@ -338,46 +329,47 @@ def evaluate(painter, options):
     ends the measuring, not the table. The sweep over guidance, with a fifth of the captions, also
     compares best of 8 (or of --rerank) with the first where there is a ranker."""
     data = options.data or painter.val.get("data", "")
-    captions = options.captions or painter.val.get("captions", "") * (not options.data)
-    inception = Inception(options, painter.device) if options.inception else None
-    datasets = {split: open_data(data, captions, painter.vqgan.config.image_size, prior_crop, split,
-                                 options.seed)
-                for split in (["held-out"] if data else ["seen", "combination", "pair"])}
+    captions = options.captions or ("" if options.data else painter.val.get("captions", ""))
+    inception = load_inception(options.inception, painter.device) if options.inception else None
+    splits = {split: open_data(data, captions, painter.vqgan.config.image_size, prior_crop, split,
+                               options.seed)
+              for split in (["held-out"] if data else ["seen", "combination", "pair"])}
     n, tally, rows = options.limit or 512, defaultdict(list), []
+    candidates = options.rerank or (8 if painter.ranker else 1)
     try:
-        for split, dataset in datasets.items():
+        for split, dataset in splits.items():
             rows += measure(painter, split, dataset, n, tally, inception)
         for guidance in SWEEP if painter.prior and not data else ():
-            for split, dataset in datasets.items():
+            for split, dataset in splits.items():
                 what = f"{split}, guidance {guidance}"
                 for _, texts in held_out(dataset, max(1, n // 5), options.seed, what):
-                    note_drawn(painter, tally, "sweep: " + split, texts, dataset,
-                               options.rerank or (8 if painter.ranker else 1), guidance=guidance)
+                    note_drawn(painter, tally, f"sweep: {split}", texts, dataset, candidates,
+                               guidance=guidance)
     except KeyboardInterrupt:
         say("stopped; what has been measured so far:")
     for key, values in tally.items():
         bounds = wilson(sum(values), len(values)) if isinstance(values[0], bool) else ()
         rows.append((*key, len(values), sum(values) / len(values), *bounds))
+    names = "split guidance candidates measure n value low high".split()
     path = Path(options.out, "evaluate.csv")
     with open(path, "w", encoding="utf-8", newline="") as file:
-        names = "split guidance candidates measure n value low high".split()
         csv.writer(file).writerows([names, *rows])
     for split, guidance, candidates, name, count, *value in rows:
-        value = "  ".join(f"{x:.4g}" for x in value)
-        say(f"{split:20} {guidance!s:5} {candidates!s:3} {name:42} {count:6}  {value}")
-    say(f"columns: {', '.join(names)}; low and high are a 95 % interval (Wilson): {path}")
+        value = "".join(f"{x:10.4g}" for x in value)
+        print(f"{split:18} {guidance!s:4} {candidates!s:3} {name:40} {count:6}{value}")
+    print(f"columns: {', '.join(names)}; low and high: 95 % interval after Wilson. {path}")
 
 
 @torch.no_grad()
 def main():
-    prompts, given = [], []
+    prompts, given = [], []    # `parse` knows options only; prompts may stand between them
     for before, word in zip(["", *sys.argv[1:]], sys.argv[1:]):
         flag = before.lstrip("-") in ("", "help", "evaluate", "upsample") or "=" in before
         value = before.startswith("--") and not flag
         (given if value or word.startswith("--") else prompts).append(word)
     options, _, _ = parse(__doc__, Options(), argv=given)
     if not (prompts or options.prompts or options.evaluate):
-        raise SystemExit('nothing to draw; try: python sample.py "a red circle above a blue square"')
+        raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
     painter = Painter(options)
     if options.evaluate:
         evaluate(painter, options)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state
                                                      set_state_dict)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from data import (Run, Text, batches, launch, open_data, parse, prior_crop, rate
 from prior import PRESETS, Adafactor, DualEncoder, Parti, contrastive_loss, hide
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     data: str = field(default="", metadata={"help": "folder or .tar; empty: built-in scenes"})
     captions: str = field(default="", metadata={"help": "COCO captions JSON"})
@@ -179,8 +180,9 @@ def main():
 
     # The vocabulary is a function of the captions, or that of the text encoder to start from.
     warm = read_checkpoint(options.text) if options.text else None
-    words = (bytes(warm["text"].tolist()) if warm
-             else train_tokens(data.captions(100_000), recipe.pieces))
+    # Of the scenes few captions hold every word.
+    words = (bytes(warm["text"].tolist()) if warm else
+             train_tokens(data.captions(100_000 if options.data else 2_000), recipe.pieces))
     text = Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=tokenizer.config.codes,
                      grid=tokenizer.config.grid)
@@ -189,9 +191,11 @@ def main():
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
     tokenizer.to(run.device)
     if options.fsdp:
+        def even(p):   # the first side that divides evenly, so that no process is left with nothing
+            return Shard(next((i for i, n in enumerate(p.shape) if n % run.world == 0), 0))
         for block in [*model.encoder.blocks, *getattr(model, "blocks", [])]:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, shard_placement_fn=even)
+        fully_shard(model, shard_placement_fn=even)
     optimizer = make_optimizer(model, recipe)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)   # loads into any layout
     if state:
@@ -259,7 +263,7 @@ def main():
                           "vqgan": str(options.vqgan), "sampling": {
                               name: getattr(recipe, name) for name in
                               ("guidance", "temperature", "top_k", "top_p")}})
-                bar.write(f"step {step}: held-out loss {row['held_out']:.4f}")
+                say(f"step {step}: held-out loss {row['held_out']:.4f}")
             run.log(step, row)
             bar.set_postfix(loss=f"{row['loss']:.4f}", norm=f"{row['grad_norm']:.2f}")
         if stop:

@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -26,7 +24,7 @@ import data
 import vqgan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """What a run does and where, beside the sizes of the model and the recipe."""
     stage: str = field(default="tokenizer",
@@ -47,7 +45,7 @@ class Options:
     wandb: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
     """How to train; the defaults are the papers' (ViT-VQGAN §3.3, §5.1; StyleGAN2). What is marked
     "ours" is for short runs; the papers' presets have it off."""
@@ -74,14 +72,14 @@ class Recipe:
     autoencoder: float = field(default=0.0, metadata={"help": "share of the steps before k-means "
                                                       "starts the codebook"})            # ours
     quantised_rate: float = field(default=1.0, metadata={"help": "factor of lr after it"})  # ours
-    shuffle: bool = False           # ours: VQGAN.latents says why
+    mosaic: float = field(default=0.0, metadata={"help": "share of mosaics after it"})      # ours
 
 
 RECIPES = dict.fromkeys(vqgan.PRESETS, Recipe())
 RECIPES["tiny"] = Recipe(
-    steps=1400, batch=8, lr=1.2e-3, warmup=20, final=0.02, l1=0.2, laplace=0.0, perceptual=0.0,
-    adversarial=0.0, channels=1024, up_width=24, up_blocks=3, save_every=350, autoencoder=0.5,
-    quantised_rate=0.3, shuffle=True)
+    steps=1800, batch=4, lr=2e-3, warmup=20, final=0.02, l1=0.2, laplace=0.0, perceptual=0.0,
+    adversarial=0.0, channels=1024, up_width=24, up_blocks=3, save_every=450, autoencoder=0.5,
+    quantised_rate=0.5, mosaic=0.5)
 
 
 def build(options, config, recipe):
@@ -139,15 +137,17 @@ def discriminator_step(critic, images, fakes, recipe, penalise):
     return loss, {"real": real.mean(), "fake": fake.mean()}
 
 
-@torch.no_grad()
-def start_codebook(model, images, seed):
-    """K-means on latents of training pictures, near-duplicates (above all of background) removed:
-    what is rare needs a code as much as what is common."""
-    z = torch.cat([model.latents(part) for part in images.split(64)]).flatten(0, 1)
-    distinct = (z * 16).round().unique(dim=0)                              # (M, code_dim)
-    spare = z[:max(0, model.config.codes - len(distinct))]
-    generator = torch.Generator().manual_seed(seed)
-    model.init_codebook(torch.cat([distinct, spare]), generator)
+def distinct_patches(images, patch):
+    """Pictures (B, 3, H, W) -> their patches without repetitions (M, 3 * p * p): background, which
+    is most of a scene, counts once."""
+    return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2).flatten(0, 1).unique(dim=0)
+
+
+def mosaics(pool, n, config, generator):
+    """n pictures (n, 3, H, W) of patches drawn from pool (M, 3 * p * p)."""
+    drawn = torch.randint(len(pool), (n, config.grid ** 2), generator=generator)
+    patches = pool[drawn].transpose(1, 2).unflatten(2, (config.grid, config.grid))
+    return F.pixel_shuffle(patches, config.patch)
 
 
 @torch.no_grad()
@@ -158,9 +158,7 @@ def evaluate(net, images, captions, codes, path, **how):
     pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
     usage, perplexity = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
     right = [data.check(*pair) for pair in zip(pictures, captions)]
-    rows = [torch.cat([*part[:8]], dim=-1) for part in (images, pictures)]
-    grid = torch.cat(rows, dim=-2).mul(255).round().byte()                 # (3, 2 * H, 8 * W)
-    Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(path)
+    data.save_grid(path, [images[:8], pictures[:8]], ["originals", "reconstructions"])
     return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
             "perplexity": perplexity, "right": sum(right) / len(right) if right else None}
 
@@ -207,14 +205,19 @@ def main():
     held, captions = next(data.batches(held, min(256, len(held)), 0, 0, 1))
     held, captions = held.to(run.device) / 255, [] if options.data else captions
     first = round(recipe.autoencoder * recipe.steps) if options.stage == "tokenizer" else 0
+    if first:
+        pictures, _ = next(data.batches(train, 1024, options.seed, 0, 1))
+        pool = distinct_patches(pictures / 255, config.patch)
     autocast = torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16)
     bar = tqdm(range(start, recipe.steps), options.stage, initial=start, total=recipe.steps,
                disable=not run.main)
     begin, shown = time.perf_counter(), dict.fromkeys(("psnr", "usage", "perplexity", "right"))
     for step in bar:
+        generator = torch.Generator().manual_seed(options.seed + 1_000_003 * step)
         if step == first > 0:
-            pictures, _ = next(data.batches(train, 1024, options.seed, 0, 1))
-            start_codebook(model, pictures.to(run.device) / 255, options.seed)
+            few = mosaics(pool, 8 * config.codes // config.grid ** 2 + 1, config, generator)
+            z = torch.cat([model.latents(part.to(run.device)) for part in few.split(32)])
+            model.init_codebook(z)
         if options.stage == "tokenizer":
             how["quantise"] = step >= first
         rate = data.rate(step + 1, recipe) * (recipe.quantised_rate if step >= first else 1)
@@ -222,16 +225,16 @@ def main():
             optimizer.param_groups[0]["lr"] = rate
 
         # Gradients of both networks, in parts; processes exchange them with the last part.
-        images = next(stream)[0].to(run.device) / 255
-        generator = torch.Generator().manual_seed(options.seed + 1_000_003 * step)
-        orders = torch.rand(recipe.batch, config.grid ** 2, generator=generator).argsort(1)
-        orders = orders.chunk(run.world)[run.rank].to(run.device).chunk(recipe.accumulate)
+        images = next(stream)[0] / 255
+        if first:
+            share = recipe.mosaic if step >= first else 1
+            drawn = mosaics(pool, recipe.batch, config, generator).chunk(run.world)[run.rank]
+            images[:round(share * len(images))] = drawn[:round(share * len(images))]
+        images = images.to(run.device)
         totals = {}
         for i, part in enumerate(images.chunk(recipe.accumulate)):
             for net in nets:
                 net.require_backward_grad_sync = i + 1 == recipe.accumulate    # as DDP's no_sync
-            if recipe.shuffle and options.stage == "tokenizer":
-                how["order"] = orders[i]
             for parameter in learned[1] if critic else ():
                 parameter.requires_grad_(False)
             with autocast:
@@ -259,13 +262,9 @@ def main():
         last = done == recipe.steps
         if done % recipe.save_every == 0 or last:
             if run.main:
-                how.pop("order", None)
                 shown = evaluate(model, held, captions, config.codes, run.path.with_suffix(".png"), **how)
         if done % 10 == 0 or last:
-            values = torch.stack([*totals.values()])
-            if run.world > 1:
-                dist.all_reduce(values)
-            row = dict(zip(totals, (values / run.world).tolist()))
+            row = {key: run.mean(value) for key, value in totals.items()}
             row |= {"lr": rate, "norm": norms[0].item(), "skipped": run.skipped} | shown
             run.log(done, row)
             bar.set_postfix({key: f"{row[key]:.3g}" for key in ("l2", *shown) if row[key] is not None})

@@ -63,7 +63,7 @@ class VQGANConfig:
 
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
     "tiny": VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder_layers=2,
-                        codes=1536, code_dim=16, code_scale=4.0, logit_laplace=False),
+                        codes=1024, code_scale=32 ** 0.5, logit_laplace=False),
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
     "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120),
@@ -156,23 +156,14 @@ class VQGAN(nn.Module):
         grey = 0.0 if self.config.logit_laplace else 0.5           # is mu = 0, or plain RGB 0.5
         nn.init.constant_(self.decoder.project.bias, grey)
 
-    def latents(self, images, order=None):
+    def latents(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, N, code_dim) float32 of unit norm: the encoder's side of
-        the look-up (ViT-VQGAN §3.2). Raises ValueError for pictures of another size.
-
-        order (B, N): permutations in which the encoder sees the patches; the latents come back in
-        their places. Trained so (our addition, for short runs), a token names its patch rather
-        than place and context, which the prior would have to guess."""
+        the look-up (ViT-VQGAN §3.2). Raises ValueError for pictures of another size."""
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images (B, 3, {size}, {size}), got {tuple(images.shape)}")
         patches = F.pixel_unshuffle(images, self.config.patch)             # (B, 3*p*p, G, G)
-        patches = patches.flatten(2).transpose(1, 2)                       # (B, N, 3*p*p)
-        if order is not None:
-            patches = patches.take_along_dim(order[..., None], dim=1)
-        z = self.encoder(patches)                                          # (B, N, code_dim)
-        if order is not None:
-            z = z.take_along_dim(order.argsort(1)[..., None], dim=1)
+        z = self.encoder(patches.flatten(2).transpose(1, 2))               # (B, N, code_dim)
         return F.normalize(z.float(), dim=-1)
 
     def quantize(self, z):
@@ -204,37 +195,37 @@ class VQGAN(nn.Module):
         """Tokens (B, N) int64 -> pictures (B, 3, H, W); clamp to [0, 1] for display."""
         return view(self.decoder_maps(F.normalize(self.codebook.float(), dim=-1)[tokens]))
 
-    def forward(self, images, quantise=True, raw=False, order=None):
+    def forward(self, images, quantise=True, raw=False):
         """images (B, 3, H, W) -> (reconstruction (B, 3, H, W), codebook_loss, tokens (B, N)).
 
         raw: the decoder's maps in place of the reconstruction, for `logit_laplace_loss`; `view`
         turns them into the reconstruction. quantise=False: a plain autoencoder; the loss is then 0
-        but still reaches the codebook, so that every parameter keeps a gradient under DDP.
-        order: see `latents`."""
-        z = self.latents(images, order)
+        but still reaches the codebook, so that every parameter keeps a gradient under DDP."""
+        z = self.latents(images)
         z_q, codebook_loss, tokens = self.quantize(z)
         maps = self.decoder_maps(z_q if quantise else z)
         return maps if raw else view(maps), codebook_loss * float(quantise), tokens
 
     @torch.no_grad()
-    def init_codebook(self, latents, generator=None, steps=10, apart=0.001):
+    def init_codebook(self, latents, steps=10):
         """Set the codebook by spherical k-means on latents (..., code_dim); our addition, so that
         short runs start with every code in use.
 
-        Codes without latents, and codes closer than `apart` (1 - cosine) to another, start again at
-        the worst-served latents: many equal background patches get few codes. Under DDP broadcast
-        the codebook afterwards. Raises ValueError with fewer latents than codes."""
+        It starts from latents far apart, each the worst served by those before it: many equal
+        background patches get one code. Deterministic. Raises ValueError with fewer latents than
+        codes."""
         x = F.normalize(latents.float().reshape(-1, self.config.code_dim), dim=-1)   # (M, code_dim)
         if len(x) < self.config.codes:
             raise ValueError(f"{self.config.codes} codes need as many latents, got {len(x)}")
-        codes = x[torch.randperm(len(x), generator=generator)[:self.config.codes]]
+        picked, similarity = [0], x @ x[0]                                           # (M,)
+        while len(picked) < self.config.codes:
+            picked.append(int(similarity.argmin()))
+            similarity = similarity.maximum(x @ x[picked[-1]])
+        codes = x[picked]                                                            # (K, code_dim)
         for _ in range(steps):
-            similarity, index = nearest(x, codes)
-            means = F.normalize(torch.zeros_like(codes).index_add_(0, index, x), dim=-1)
-            twin = (means @ means.T).tril(-1).amax(-1) > 1 - apart
-            restart = twin | (torch.bincount(index, minlength=len(codes)) == 0)
-            means[restart] = x[similarity.argsort()[:restart.sum()]]
-            codes = means
+            sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes)[1], x)
+            unused = (sums == 0).all(-1, keepdim=True)
+            codes = F.normalize(torch.where(unused, codes, sums), dim=-1)
         self.codebook.copy_(codes)
 
 

@@ -1,0 +1,2395 @@
+"""The project as a series of statements, in the order of the pipeline: scenes, pictures, text, the
+stream of batches, the runtime, the tokenizer, attention, the prior, its training, sampling.
+
+    pytest -m "not slow"        # the core
+    pytest                      # and real processes: kills, resumes, two processes, what learns
+
+Numbers such as f79 are those of the facts in the README's paper map.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import prior
+import train_prior
+import vqgan
+from prior import DualEncoder, Parti, PriorConfig
+from vqgan import VQGAN, Discriminator, Perceptual, Upsampler
+
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
+slow = pytest.mark.slow  # real processes, and what takes more than a second or two
+HERE = Path(__file__).parent
+CIFAR = HERE.parent / "shared/data/cifar10.tar"
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])  # torch is imported once for all of them
+
+
+def child(function, *args):
+    """A process of its own: function(*args), a function of this module."""
+    process = PROCESSES.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def as_rank(out, rank, port, main):
+    """What torchrun gives a process, without its seconds of importing torch."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RESTART_COUNT="0",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    sys.stdout = sys.stderr = open(out / f"printed{rank}", "w", buffering=1)
+    data.launch(lambda: main(out, rank))
+
+
+def two_processes(out, main):
+    out.mkdir(exist_ok=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [child(as_rank, out, rank, store.port, main) for rank in range(2)]
+    for process in processes:
+        process.join(30)
+        if process.is_alive():
+            process.kill()
+            process.exitcode
+    return [process.exitcode for process in processes], "".join(
+        (out / f"printed{rank}").read_text() for rank in range(2)
+    )
+
+
+def picture(path, value=100, size=(40, 40), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(
+        mode, size, value if mode != "RGB" or isinstance(value, tuple) else (value,) * 3
+    ).save(path, **options)
+    return path
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as out:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+                out.addfile(info)
+            else:
+                info.size = len(content)
+                out.addfile(info, io.BytesIO(content))
+    return path
+
+
+def jpg(value=100, size=(40, 40)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def names_and_captions(*args, **kwargs):
+    found = data.Pictures(*args, size=8, **kwargs)
+    return {name: found._captions(name) for name in found.names}
+
+
+def error(function, *args, **kwargs):
+    with pytest.raises(SystemExit) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert len(message) > 20 and "\n" not in message, message
+    return message
+
+
+# --- scenes --------------------------------------------------------------------------------------
+
+SPLITS = ("train", "seen", "combination", "pair")
+
+
+def test_a_scene_is_a_function_of_seed_split_and_index():
+    first, again = (data.Scenes("train", seed=3).sample(7) for _ in range(2))
+    assert (first[0] == again[0]).all() and first[1] == again[1]
+    assert first[0].shape == (64, 64, 3) and first[0].dtype == np.uint8
+    others = data.Scenes("train", seed=4), data.Scenes("seen", seed=3)
+    assert all((first[0] != scenes.sample(7)[0]).any() for scenes in others)
+    scenes = data.Scenes("train", seed=3)
+    assert scenes.captions(5) == [scenes.sample(i)[1] for i in range(5)]
+    assert data.Scenes(size=128).sample(0)[0].shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_checker_accepts_each_scene_under_its_caption_and_under_no_other(split):
+    scenes = [data.Scenes(split, seed=11).sample(i) for i in range(200)]
+    captions = [caption for _, caption in scenes]
+    right = sum(data.check(image, caption) for image, caption in scenes)
+    assert right >= 0.995 * len(scenes)
+    others = captions[1:] + captions[:1]
+    pairs = [(scene[0], other) for scene, other in zip(scenes, others) if other != scene[1]]
+    assert sum(data.check(*pair) for pair in pairs) <= 0.01 * len(pairs)
+
+
+def scene(*objects, background="white"):
+    """A picture of (size, colour, shape, left, top) with places in cells."""
+    return data.Scenes()._draw([o[:3] for o in objects], [o[3:] for o in objects], background)
+
+
+def test_the_checker_knows_sizes_counts_relations_and_backgrounds():
+    red, blue = ("large", "red", "circle", 1, 1), ("small", "blue", "square", 2, 5)
+    picture = scene(red, blue)
+    as_floats = torch.from_numpy(picture).permute(2, 0, 1) / 255
+    for caption, right in {
+        "a red circle above a blue square": True,
+        "a blue square below a red circle": True,
+        "a large red circle over a small blue square on white": True,
+        "a red circle below a blue square": False,
+        "a blue square above a red circle": False,
+        "a small red circle above a blue square": False,
+        "a red circle": False,
+        "a red square above a blue circle": False,
+        "a blue circle above a red square": False,
+        "a red circle above a blue square on black": False,
+        "a red circle left of a blue square": False,
+        "two red circles": False,
+    }.items():
+        assert data.check(picture, caption) == right, caption
+        assert data.check(as_floats, caption) == right, caption
+    three = scene(red, ("small", "red", "circle", 5, 0), ("large", "red", "circle", 5, 5))
+    assert data.check(three, "three red circles") and not data.check(three, "two red circles")
+    dark = scene(red, background="black")
+    assert data.check(dark, "a red circle on a black background")
+    assert not data.check(dark, "a red circle"), "no background named means white"
+    kinds = ("a red circle", "two red circles", "a red circle above a blue square on grey")
+    assert [data.kind(c) for c in kinds] == ["one object", "counts", "relation"]
+    with pytest.raises(ValueError, match="not a caption"):
+        data.check(picture, "a photograph of a cat")
+
+
+def test_malformed_objects_are_wrong():
+    caption, one = "a red circle", ("large", "red", "circle", 2, 2)
+    good = scene(one)
+    half, hole, smeared, tinted = (good.copy() for _ in range(4))
+    half[28:] = 255  # the lower half of the circle is gone
+    hole[24:32, 24:32] = 255
+    smeared[16:40, 40:48] = data.COLOURS["red"]
+    tinted[good[..., 1] < 200] = (128, 128, 40)
+    assert data.check(good, caption)
+    for wrong in (
+        half,
+        hole,
+        smeared,
+        tinted,
+        scene(),
+        scene(one, ("small", "red", "circle", 6, 6)),
+        scene(one, ("small", "blue", "cross", 6, 6)),
+        scene(one, background="grey"),
+        np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
+    ):
+        assert not data.check(wrong, caption)
+    noisy = good + np.random.default_rng(0).normal(0, 6, good.shape)
+    assert data.check(noisy.clip(0, 255).astype(np.uint8), caption), "a little noise is no fault"
+
+
+def test_a_tenth_of_the_combinations_is_held_out_in_both_readings():
+    things = [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
+    combos = [(a, r, b) for a in things for r in data.RELATIONS for b in things if a != b]
+    hidden = [combo for combo in combos if data.held_out(*combo)]
+    assert 0.09 < len(hidden) / len(combos) < 0.11
+    assert all(data.held_out(b, data.OPPOSITE[r], a) for a, r, b in hidden), (
+        "one picture, two sides"
+    )
+
+
+def relations(split, n=400):
+    """Of n scenes those about relations: ((colour, shape), relation, (colour, shape))."""
+    read = [data.read_caption(caption) for caption in data.Scenes(split, seed=2).captions(n)]
+    return [
+        (one[1:], relation, other[1:]) for _, (one, *rest), relation, _ in read for other in rest
+    ]
+
+
+def test_what_training_never_shows():
+    for split in ("train", "seen"):
+        for one, relation, other in relations(split):
+            assert not {one, other} & data.RARE and not data.held_out(one, relation, other)
+    combination, pair = relations("combination"), relations("pair")
+    assert len(combination) == len(pair) == 400, "both splits are about relations"
+    assert all(
+        data.held_out(*combo) and not {combo[0], combo[2]} & data.RARE for combo in combination
+    )
+    assert all({one, other} & data.RARE for one, _, other in pair)
+    alone = {
+        tuple(things[0][1:])
+        for _, things, relation, _ in map(data.read_caption, data.Scenes(seed=2).captions(1500))
+        if not relation
+    }
+    assert data.RARE <= alone, "training shows the rare pairs, but only by themselves"
+
+
+# --- pictures: formats
+
+
+def test_nested_folders_any_case_sorted(tmp_path):
+    for name in ("b/00001.PNG", "b/00000.png", "a/x.JPG", "c.jpeg", "LICENSE.txt", ".hidden.png"):
+        if name.endswith("txt"):
+            (tmp_path / name).write_text("licence")
+        else:
+            picture(tmp_path / name)
+    assert names_and_captions(tmp_path) == {
+        "a/x.JPG": ["a"],
+        "b/00000.png": ["b"],
+        "b/00001.PNG": ["b"],
+        "c.jpeg": [""],
+    }
+    picture(tmp_path / "fire_truck" / "1.png")
+    picture(tmp_path / "00000" / "1.png")
+    found = names_and_captions(str(tmp_path))
+    assert found["fire_truck/1.png"] == ["fire truck"] and found["00000/1.png"] == [""]
+
+
+def test_metadata_jsonl_and_csv_in_subfolders(tmp_path):
+    for name in ("train/1.png", "train/sub/2.png", "test/1.png", "other.png"):
+        picture(tmp_path / name)
+    (tmp_path / "train/metadata.jsonl").write_bytes(
+        b"\xef\xbb\xbf"
+        + "\n".join(
+            [
+                json.dumps({"file_name": "1.png", "text": "a line\u2028sep"}, ensure_ascii=False),
+                json.dumps({"file_name": "./sub/2.png", "caption": "two"}),
+                "",
+                "",
+            ]
+        ).encode()
+    )
+    with open(tmp_path / "test/metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "prompt"], ["1.png", 'comma, "quote"\nnew line']])
+    assert names_and_captions(tmp_path) == {
+        "test/1.png": ['comma, "quote" new line'],
+        "train/1.png": ["a line sep"],
+        "train/sub/2.png": ["two"],
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/x.png", "../x.png", "a/../../x.png", "https://h/x.png", "C:\\x.png", "..\\x.png"]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "coco", "tar"])
+def test_paths_outside_are_refused(tmp_path, name, kind):
+    picture(tmp_path / "x.png")
+    captions = None
+    if kind == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "t"}))
+    elif kind == "csv":
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},t\n")
+    elif kind == "coco":
+        captions = tmp_path / "c.json"
+        captions.write_text(
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": name}],
+                    "annotations": [{"image_id": 1, "caption": "t"}],
+                }
+            )
+        )
+    else:
+        tar(tmp_path / "x.tar", {name: b"x"})
+    message = error(data.Pictures, tmp_path, captions)
+    assert repr(name) in message and ".." in message
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_links_in_tars_are_refused(tmp_path, kind):
+    tar(tmp_path / "x.tar", {"a.jpg": jpg(), "b.jpg": (kind, "/etc/passwd")})
+    message = error(data.Pictures, tmp_path)
+    assert "b.jpg" in message and "link" in message
+
+
+@pytest.mark.parametrize(
+    "content", ["not json", '{"file_name": "x.png"}', '["x.png"]', '{"text": "x"}', "3"]
+)
+def test_metadata_that_is_wrong(tmp_path, content):
+    picture(tmp_path / "x.png")
+    (tmp_path / "metadata.jsonl").write_text(content)
+    message = error(data.Pictures, tmp_path)
+    assert "metadata.jsonl" in message and "file_name" in message and "text" in message
+
+
+def test_metadata_csv_that_is_wrong(tmp_path):
+    picture(tmp_path / "x.png")
+    (tmp_path / "metadata.csv").write_text("a,b\n1,2\n")
+    assert "metadata.csv" in error(data.Pictures, tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ny.png,t\n")
+    assert "no picture" in error(data.Pictures, tmp_path)
+
+
+def test_sidecar_captions(tmp_path):
+    for name in ("a/x.png", "b/x.png", "c/v1.2.png", "c/none.png"):
+        picture(tmp_path / name)
+    (tmp_path / "a/x.txt").write_bytes("\ufeffone\r\n\r\n  two  words \n".encode())
+    (tmp_path / "b/x.txt").write_text("other", encoding="utf-8")
+    (tmp_path / "c/v1.2.txt").write_text("d\u00e9j\u00e0 vu", encoding="utf-8")
+    (tmp_path / "c/v1.txt").write_text("wrong")
+    assert names_and_captions(tmp_path) == {
+        "a/x.png": ["one", "two words"],
+        "b/x.png": ["other"],
+        "c/v1.2.png": ["d\u00e9j\u00e0 vu"],
+        "c/none.png": [""],
+    }
+    found = data.Pictures(tmp_path, size=8)
+    drawn = {found.sample(0, np.random.default_rng(i))[1] for i in range(20)}
+    assert drawn == {"one", "two words"} and found.sample(0)[1] == "one"
+    assert found.captions(99) == ["one", "two words", "other", "", "d\u00e9j\u00e0 vu"]
+    assert len(found.captions(2)) == 2
+
+
+def test_coco_captions(tmp_path):
+    for name in ("train2017/1.jpg", "train2017/2.jpg", "train2017/3.jpg", "val2017/4.jpg"):
+        picture(tmp_path / name)
+    captions = tmp_path / "captions.json"
+    coco = {
+        "images": [
+            {"id": 7, "file_name": "1.jpg"},
+            {"id": 5, "file_name": "2.jpg"},
+            {"id": 6, "file_name": "val2017/4.jpg"},
+        ],
+        "annotations": [
+            {"image_id": 5, "caption": "two\nlines"},
+            {"image_id": 7, "caption": "one"},
+            {"image_id": 5, "caption": "again"},
+            {"image_id": 99, "caption": "lost"},
+            {"image_id": 6, "caption": "four"},
+        ],
+    }
+    captions.write_text(json.dumps(coco))
+    expected = {
+        "train2017/1.jpg": ["one"],
+        "train2017/2.jpg": ["two lines", "again"],
+        "val2017/4.jpg": ["four"],
+    }
+    assert names_and_captions(tmp_path, captions) == expected
+    assert names_and_captions(tmp_path, str(captions)) == expected
+    captions_deep = tmp_path / "deep"
+    (
+        picture(captions_deep / "images/v/5.jpg"),
+        (captions_deep / "c.json").write_text(
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "v/5.jpg"}],
+                    "annotations": [{"image_id": 1, "caption": "c"}],
+                }
+            )
+        ),
+    )
+    assert names_and_captions(captions_deep, captions_deep / "c.json") == {"images/v/5.jpg": ["c"]}
+    picture(tmp_path / "val2017/1.jpg")
+    message = error(data.Pictures, tmp_path, captions)
+    assert "train2017/1.jpg" in message and "val2017/1.jpg" in message
+    captions.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "zz.jpg"}],
+                "annotations": [{"image_id": 1, "caption": "c"}],
+            }
+        )
+    )
+    assert "no picture" in error(data.Pictures, tmp_path, captions)
+    captions.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    assert "Git-LFS" in error(data.Pictures, tmp_path, captions)
+    for wrong in ("not json", "[]", "{}", '{"images": [{"id": 1}], "annotations": []}', ""):
+        captions.write_text(wrong)
+        assert "COCO" in error(data.Pictures, tmp_path, captions)
+    assert "nowhere.json" in error(data.Pictures, tmp_path, "nowhere.json")
+    assert "--data" in error(data.open_data, "", "nowhere.json")
+
+
+def test_webdataset_shards(tmp_path):
+    tar(
+        tmp_path / "00000.tar",
+        {
+            "k1.jpg": jpg(10),
+            "k1.txt": b"first",
+            "k1.json": b'{"caption": "not me"}',
+            "k2.v2.jpg": jpg(20),
+            "k2.json": b'{"caption": "from\\njson"}',
+            "k3.jpg": jpg(30),
+            "k3.txt": b"",
+            "k4.jpg": jpg(40),
+            "k4.json": b"{}",
+        },
+    )
+    tar(tmp_path / "00001.tar", {"./k1.JPG": jpg(50), "./k1.txt": "caf\u00e9".encode()})
+    assert names_and_captions(tmp_path) == {
+        "00000.tar/k1.jpg": ["first"],
+        "00000.tar/k2.v2.jpg": ["from json"],
+        "00000.tar/k3.jpg": [""],
+        "00000.tar/k4.jpg": [""],
+        "00001.tar/k1.JPG": ["caf\u00e9"],
+    }
+    found = data.Pictures(tmp_path, size=8)
+    assert [int(found.sample(i)[0].mean()) for i in range(5)] == [10, 20, 30, 40, 50], (
+        "a member's bytes are not its own"
+    )
+    assert names_and_captions(tmp_path / "00001.tar") == {"k1.JPG": ["caf\u00e9"]}
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".tar"], "something was unpacked"
+    (tmp_path / "00002.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:900])
+    assert "00002.tar" in error(data.Pictures, tmp_path)
+    with tarfile.open(tmp_path / "00002.tar", "w:gz") as out:
+        out.add(tmp_path / "00001.tar", "x")
+    assert "uncompressed" in error(data.Pictures, tmp_path)
+
+
+def test_a_shard_without_captions_has_none(tmp_path):
+    tar(tmp_path / "train.tar", {"a.jpg": jpg(), "dog/b.jpg": jpg()})
+    assert names_and_captions(tmp_path) == {"train.tar/a.jpg": [""], "train.tar/dog/b.jpg": ["dog"]}
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="needs the photographs")
+def test_cifar10_as_it_is():
+    train, val = (data.Pictures(CIFAR, size=32, split=split) for split in ("train", "val"))
+    assert len(train) + len(val) == 10_000 and 150 < len(val) < 250
+    assert not set(train.names) & set(val.names)
+    assert set(train.captions(1000)) == set(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()
+    )
+    pixels, caption = val.sample(3, np.random.default_rng(0))
+    assert (
+        pixels.shape == (32, 32, 3)
+        and pixels.dtype == np.uint8
+        and caption == "airplane"
+        and pixels.std() > 5
+    )
+
+
+def test_small_folders_are_both_splits(tmp_path):
+    picture(tmp_path / "x.png")
+    assert len(data.Pictures(tmp_path)) == len(data.Pictures(tmp_path, split="val")) == 1
+
+
+def test_errors_of_the_path(tmp_path):
+    assert "nowhere" in error(data.Pictures, tmp_path / "nowhere")
+    assert "no picture" in error(data.Pictures, tmp_path)
+    assert "x.png" in error(data.Pictures, picture(tmp_path / "x.png"))
+
+
+# --- pictures: modes and crops
+
+
+def opened(tmp_path, image, ending="png", **options):
+    image.save(tmp_path / f"x.{ending}", **options)
+    result = data.open_image(tmp_path / f"x.{ending}")
+    assert result.mode == "RGB"
+    return result
+
+
+def test_every_mode(tmp_path):
+    def centre(image, ending="png", **options):
+        return opened(tmp_path, image, ending, **options).getpixel((4, 4))
+
+    assert centre(Image.new("RGBA", (9, 9), (255, 0, 0, 128))) == (255, 127, 127), (
+        "alpha dropped, not composited"
+    )
+    assert centre(Image.new("RGBA", (9, 9), (0, 0, 0, 0))) == (255, 255, 255)
+    assert centre(Image.new("LA", (9, 9), (0, 0))) == (255, 255, 255)
+    palette = Image.new("P", (9, 9), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert centre(palette) == (10, 20, 30)
+    assert centre(palette, transparency=1) == (255, 255, 255)
+    assert centre(palette, "gif") == (10, 20, 30)
+    assert centre(Image.new("L", (9, 9), 77)) == (77, 77, 77)
+    assert centre(Image.new("1", (9, 9), 1)) == (255, 255, 255)
+    assert centre(Image.fromarray(np.full((9, 9), 65535, np.uint16))) == (255, 255, 255)
+    assert centre(Image.fromarray(np.full((9, 9), 257 * 100, np.uint16))) == (100, 100, 100), (
+        "I;16 clipped, not scaled"
+    )
+    assert centre(Image.fromarray(np.full((9, 9), 257 * 100, np.uint16)), "tif") == (100, 100, 100)
+    red = centre(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "jpg", quality=100)
+    assert red[0] > 240 and red[1] < 15 and red[2] < 15
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    assert centre(frames[0], "gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)
+    assert centre(Image.new("RGB", (9, 9), (1, 2, 3)), "webp", lossless=True) == (1, 2, 3)
+
+
+def test_exif_rotation_comes_first(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    for draft in (None, 8):
+        image.save(tmp_path / "x.jpg", exif=exif, quality=95)
+        result = data.open_image(tmp_path / "x.jpg", draft)
+        assert result.height == 2 * result.width
+        top = result.getpixel((result.width // 2, 1))
+        assert top[0] > 200 and top[1] < 60, "the red half must be on top"
+
+
+def bad_files(folder):
+    picture(folder / "ok.jpg", size=(200, 200))
+    good = (folder / "ok.jpg").read_bytes()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+    noise.save(folder / "ok.png")
+    png = (folder / "ok.png").read_bytes()
+    header = struct.pack(">II", 100_000, 100_000) + b"\x08\x02\0\0\0"
+    chunk = (
+        struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    broken = {
+        "truncated.jpg": good[: len(good) // 2],
+        "truncated.png": png[: len(png) // 2],
+        "empty.jpg": b"",
+        "html.jpg": b"<!DOCTYPE html><html></html>",
+        "bomb.png": png[:8] + chunk + png[33:],
+        "flipped.png": png[:200] + b"\xff\xff\xff\xff" + png[204:],
+    }
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    return sorted(broken)
+
+
+def test_bad_files_raise_bad_image(tmp_path):
+    for name in bad_files(tmp_path):
+        with pytest.raises(data.BadImage):
+            data.open_image(tmp_path / name)
+    data.open_image(tmp_path / "ok.jpg"), data.open_image(tmp_path / "ok.png")
+    with pytest.raises(data.BadImage):
+        data.open_image(tmp_path / "missing.png")
+
+
+class Recorder:
+    """A generator that remembers the bounds it was asked for (high made inclusive)."""
+
+    def __init__(self):
+        self.rng, self.calls = np.random.default_rng(0), []
+
+    def integers(self, low, high=None, size=None, endpoint=False):
+        result = self.rng.integers(low, high, size=size, endpoint=endpoint)
+        low, high = (0, low) if high is None else (low, high)
+        self.calls.append((low, high if endpoint else high - 1))
+        return result
+
+
+def test_crop_ranges_of_the_papers():
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (600, 1000, 3), dtype=np.uint8)
+    )
+    rng = Recorder()
+    assert data.tokenizer_crop(image, 256, rng).shape == (256, 256, 3)
+    assert rng.calls[:3] == [(0, 400), (0, 0), (288, 384)]
+    rng = Recorder()
+    assert data.prior_crop(image, 256, rng).shape == (256, 256, 3)
+    assert rng.calls[:3] == [(150, 249), (0, 0), (256, 288)] and len(rng.calls) == 4, (
+        "no flip in stage 2"
+    )
+    for side, expected in ((300, (288, 300)), (256, (256, 256)), (100, (256, 256))):
+        rng = Recorder()
+        assert data.tokenizer_crop(image.resize((side + 9, side)), 256, rng).shape == (256, 256, 3)
+        assert rng.calls[2] == expected
+    for size in ((1, 1), (1, 5000), (5000, 1), (257, 3000)):
+        for crop in (data.tokenizer_crop, data.prior_crop, data.centre_crop):
+            assert crop(image.resize(size), 256, np.random.default_rng(0)).shape == (256, 256, 3)
+
+
+def test_shrinking_averages_areas():
+    image = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert np.unique(data.centre_crop(image, 32)).tolist() == [128], (
+        "a chequerboard must become grey"
+    )
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).convert("RGB")
+    flips = {
+        bool(data.tokenizer_crop(ramp, 16, np.random.default_rng(i))[0, 0, 0] > 128)
+        for i in range(20)
+    }
+    assert flips == {True, False}
+    assert not any(
+        data.prior_crop(ramp, 16, np.random.default_rng(i))[0, 0, 0] > 128 for i in range(20)
+    )
+
+
+def test_draft_mode_keeps_the_range_of_t(tmp_path):
+    picture(tmp_path / "big.jpg", size=(1600, 1200))
+    assert min(data.open_image(tmp_path / "big.jpg", draft=96).size) == 150
+    assert min(data.open_image(tmp_path / "big.jpg", draft=384).size) == 600
+    assert data.open_image(tmp_path / "big.jpg").size == (1600, 1200)
+
+
+# --- text
+
+
+def test_text_tokens():
+    captions = [
+        f"a {colour} {shape}"
+        for colour in ("red", "green", "blue")
+        for shape in ("circle", "square")
+    ] * 20
+    model = data.train_tokens(captions)
+    assert isinstance(model, bytes) and model == data.train_tokens(captions)
+    text = data.Text(model, length=12)
+    assert 260 < text.vocab < 400
+    ids = text(["a red circle", "", "A RED circle", "\u732b", "circle " * 30])
+    assert ids.shape == (5, 12) and ids.dtype == torch.int64
+    assert ids[1].tolist() == [0] * 12 and ids[0].tolist() == ids[2].tolist()
+    assert (ids[0] == 3).sum() == 1 and (ids[0] > 0).sum() == 4, (
+        "words of the scenes are single tokens"
+    )
+    assert not (ids == 1).any(), "byte fallback leaves nothing unknown"
+    assert ids[4, 11] == 3 and text.truncated == 1 and int(ids.max()) < text.vocab
+    assert text([]).shape == (0, 12)
+    assert text.pieces.decode(ids[3].tolist()) == "\u732b"
+    assert data.Text(data.train_tokens(["dog"])).vocab > 259
+    message = error(data.train_tokens, ["", " "])
+    assert "0 captions" in message
+    assert "10 text tokens" in error(data.train_tokens, captions, 10)
+
+
+# --- stream
+
+
+def stack(iterator):
+    images, texts = zip(*iterator)
+    return torch.stack(images), [list(t) for t in texts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("folder")
+    for i in range(60):
+        noise = np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path / f"{i:03}.png")
+        (path / f"{i:03}.txt").write_text(f"number {i}\nno. {i}")
+    return path
+
+
+def test_order_depends_on_nothing_but_seed_and_step(folder):
+    pictures = data.Pictures(folder, size=16)
+    everything, captions = stack(data.batches(pictures, 8, 3, 0, 12, drop=0.3))
+    assert everything.shape == (12, 8, 3, 16, 16) and everything.dtype == torch.uint8
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    for workers in (1, 2):
+        again, texts = stack(data.batches(pictures, 8, 3, 0, 12, workers=workers, drop=0.3))
+        assert torch.equal(again, everything) and texts == captions, "the workers change the data"
+    assert torch.equal(torch.get_rng_state(), state), "loading disturbs torch's random state"
+    resumed, texts = stack(data.batches(pictures, 8, 3, 7, 12, workers=2, drop=0.3))
+    assert torch.equal(resumed, everything[7:]) and texts == captions[7:], (
+        "a resume changes the data"
+    )
+    ranks = [stack(data.batches(pictures, 8, 3, 0, 12, rank, 2, drop=0.3)) for rank in range(2)]
+    assert torch.equal(torch.cat([images for images, _ in ranks], 1), everything), (
+        "processes change the data"
+    )
+    assert [a + b for a, b in zip(ranks[0][1], ranks[1][1])] == captions
+    assert not torch.equal(stack(data.batches(pictures, 8, 4, 0, 12))[0], everything)
+    flat = [caption for step in captions for caption in step]
+    assert 0.15 < flat.count("") / len(flat) < 0.45
+    model = data.Text(data.train_tokens(pictures.captions(100)), 16)
+    images, ids = next(data.batches(pictures, 8, 3, 0, 1, drop=0.3, text=model))
+    assert torch.equal(ids, model(captions[0])) and torch.equal(images, everything[0])
+
+
+def test_an_epoch_sees_every_picture_once(folder):
+    stream = data.Stream(data.Pictures(folder, size=16), seed=1)
+    n = len(stream.dataset)
+    orders = [[stream._index(epoch * n + k) for k in range(n)] for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(n)) and orders[0] != orders[1]
+
+
+def test_scenes_never_repeat():
+    scenes = data.open_data("", size=8)
+    _, captions = stack(data.batches(scenes, 2, 0, 600_000, 600_001))
+    assert captions == [[scenes.sample(p)[1] for p in (1_200_000, 1_200_001)]]
+
+
+def with_bad(path, good, bad):
+    for i in range(good):
+        picture(path / f"{i:04}.png", i % 256, size=(9, 9))
+    for i in range(bad):
+        (path / f"bad{i}.png").write_bytes(b"no picture")
+    return data.Pictures(path, size=8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_few_bad_files_are_skipped_and_named_once(tmp_path, capsys, workers):
+    pictures = with_bad(tmp_path, 118, 2)
+    first = stack(data.batches(pictures, 10, 0, 0, 36, workers=workers))
+    printed = capsys.readouterr()
+    for i in range(2):
+        assert (printed.out + printed.err).count(f"bad{i}.png") == 1
+    again = stack(data.batches(pictures, 10, 0, 0, 36))
+    assert torch.equal(first[0], again[0]) and first[0].shape[:2] == (36, 10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("good", [100, 0])
+def test_many_bad_files_stop_with_the_list(tmp_path, workers, good):
+    pictures = with_bad(tmp_path, good, 5)
+    message = error(lambda: list(data.batches(pictures, 10, 0, 0, 30, workers=workers)))
+    assert "2 %" in message and message.count("bad") >= 3
+
+
+def test_a_file_that_vanishes_is_a_bad_file(tmp_path):
+    pictures = with_bad(tmp_path, 100, 0)
+    (tmp_path / pictures.names[5]).unlink()
+    assert len(list(data.batches(pictures, 10, 0, 0, 10))) == 10
+
+
+def test_batch_must_divide():
+    assert "--batch 5" in error(
+        lambda: next(data.batches(data.open_data("", size=8), 5, 0, 0, 1, 0, 2))
+    )
+    assert "--batch 0" in error(lambda: next(data.batches(data.open_data("", size=8), 0, 0, 0, 1)))
+
+
+# --- options
+
+
+@dataclasses.dataclass
+class Options:
+    data: str = ""
+    preset: str = ""
+    compile: bool = False
+    workers: int = dataclasses.field(default=2, metadata={"help": "loader processes"})
+    device: str = dataclasses.field(default="auto", metadata={})
+
+
+@dataclasses.dataclass
+class Config:
+    image_size: int = 64
+    laplace: bool = True
+
+    def __post_init__(self):
+        if self.image_size % 8:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of 8")
+
+
+@dataclasses.dataclass
+class Recipe:
+    lr: float = 1e-3
+    steps: int = 100
+    warmup: int = 10
+    decay_from: int = 0
+    final: float = 0.5
+    schedule: str = "cosine"
+
+
+SIZES_OF = {"tiny": Config(), "small": Config(256)}
+RECIPES_OF = {"tiny": Recipe(), "small": Recipe(1e-4, 500_000)}
+
+
+def parsed(*argv):
+    return data.parse("doc", Options(), SIZES_OF, RECIPES_OF, "small", list(argv))
+
+
+def test_options():
+    options, config, recipe = parsed()
+    assert (options.preset, config, recipe) == ("tiny", Config(), Recipe())
+    options, config, recipe = parsed(
+        "--data", "x", "--lr=0.5", "--no-laplace", "--compile", "--workers", "0"
+    )
+    assert (options.preset, config, recipe) == ("small", Config(256, False), Recipe(0.5, 500_000))
+    assert options.compile is True and options.workers == 0 and SIZES_OF["small"].laplace
+    assert parsed("--preset", "small", "--image-size", "128")[1] == Config(128)
+    assert parsed("--preset", "small", "--image-size", "64")[1] == Config(64), (
+        "an override equal to tiny's value is one"
+    )
+    assert data.parse("doc", Options(), argv=["--data", "y"])[0].data == "y"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--stpes", "3"], ["--stpes"]),
+        (["--step", "3"], ["--step"]),
+        (["--preset", "huge"], ["huge", "tiny", "small"]),
+        (["--lr", "fast"], ["--lr", "fast"]),
+        (["--lr", "-1"], ["--lr", "-1"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
+        (["--workers", "-1"], ["--workers", "-1"]),
+        (["stray"], ["stray"]),
+        (["--image-size", "13"], ["image_size 13", "multiple of 8"]),
+        (["--compile", "yes"], ["yes"]),
+    ],
+)
+def test_wrong_options(argv, words):
+    message = error(parsed, *argv)
+    assert all(word in message for word in words), message
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--help")
+    text = capsys.readouterr().out
+    assert (
+        caught.value.code == 0
+        and "loader processes" in text
+        and "--image-size" in text
+        and "--no-laplace" in text
+    )
+
+
+def test_device_and_dtype():
+    assert data.pick("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    device, dtype = data.pick()
+    assert isinstance(device, torch.device) and dtype in (torch.float32, torch.bfloat16)
+    if not torch.cuda.is_available():
+        assert "cuda" in error(data.pick, "cuda") and device.type == "cpu"
+    assert "tpu" in error(data.pick, "tpu") and "float16" in error(data.pick, "cpu", "float16")
+
+
+# --- schedules
+
+
+def test_schedules():
+    parti = Recipe(4.5e-5, 450_000, 5_000, 85_000, 0.025, "exponential")
+    for step, expected in (
+        (200_000, 1.408e-5),
+        (267_500, 7.115e-6),
+        (450_000, 1.125e-6),
+        (85_000, 4.5e-5),
+        (5_000, 4.5e-5),
+        (2_500, 2.25e-5),
+        (1, 9e-9),
+        (40_000, 4.5e-5),
+        (460_000, 1.125e-6),
+    ):
+        assert data.rate(step, parti) == pytest.approx(expected, rel=1e-3), step
+    vit = Recipe(1e-4, 500_000, 50_000, 0, 0.5, "cosine")
+    for step, expected in ((25_000, 5e-5), (50_000, 1e-4), (275_000, 7.5e-5), (500_000, 5e-5)):
+        assert data.rate(step, vit) == pytest.approx(expected), step
+    line = Recipe(1.0, 100, 0, 50, 0.0, "linear")
+    assert [data.rate(step, line) for step in (1, 50, 75, 100, 101)] == [1, 1, 0.5, 0, 0]
+    with pytest.raises(ValueError, match="quadratic"):
+        data.rate(50, dataclasses.replace(line, schedule="quadratic"))
+
+
+# --- checkpoints, logs
+
+CONFIG, RECIPE = {"width": 64, "sizes": (1, 2)}, {"steps": 100, "lr": 0.1}
+
+
+def checkpoint(step, size=1000):
+    return {
+        "config": CONFIG,
+        "recipe": RECIPE,
+        "step": step,
+        "model": {"w": torch.full((size,), float(step))},
+        "moments": [torch.arange(3), None],
+        "name": "x",
+    }
+
+
+@pytest.fixture
+def restore_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start_run(out, **options):
+    run = data.Run(str(out), "prior", "cpu", **options)
+    return run, run.resume(CONFIG, RECIPE)
+
+
+def test_save_and_resume(tmp_path, capsys, restore_signals):
+    run, found = start_run(tmp_path)
+    assert found is None and (run.rank, run.world, run.main, run.device.type) == (0, 1, True, "cpu")
+    weights = torch.zeros(1000)
+    run.save({**checkpoint(1), "model": {"w": weights, "again": weights}})
+    weights += 1  # training goes on while the file is being written
+    run.save(checkpoint(2))
+    run.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prior.prev.pt", "prior.pt"]
+    previous = torch.load(tmp_path / "prior.prev.pt", weights_only=True)
+    assert previous["step"] == 1 and not previous["model"]["w"].any(), (
+        "the copy was torn by training"
+    )
+    (tmp_path / "prior.pt.tmp").write_bytes(b"stale")
+    run, found = start_run(tmp_path)
+    assert (
+        found["step"] == 2
+        and found["config"] == CONFIG
+        and not (tmp_path / "prior.pt.tmp").exists()
+    )
+    assert "step 2 of 100" in capsys.readouterr().out
+    run = data.Run(tmp_path, "prior", "cpu")
+    message = error(run.resume, {"width": 96, "sizes": (1, 2), "depth": 3}, RECIPE)
+    assert (
+        "width 64 there, 96 here" in message
+        and "depth" in message
+        and "--fresh" in message
+        and "sizes" not in message
+    )
+    capsys.readouterr()
+    assert run.resume(CONFIG, {"steps": 200, "lr": 0.1})["step"] == 2
+    assert "steps 100 there, 200 here" in capsys.readouterr().out
+    assert start_run(tmp_path, fresh=True)[1] is None and (tmp_path / "prior.pt").exists()
+    run.save(checkpoint(100))
+    run.finish()
+    assert start_run(tmp_path)[1]["step"] == 100 and "finished" in capsys.readouterr().out
+
+
+def test_between_the_two_renames(tmp_path, restore_signals):
+    run, _ = start_run(tmp_path)
+    run.save(checkpoint(7))
+    run.finish()
+    os.replace(tmp_path / "prior.pt", tmp_path / "prior.prev.pt")
+    assert start_run(tmp_path)[1]["step"] == 7
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, "html"])
+def test_damaged_checkpoint_names_the_way_out(tmp_path, keep, restore_signals):
+    run, _ = start_run(tmp_path)
+    run.save(checkpoint(1))
+    run.save(checkpoint(2))
+    run.finish()
+    content = (tmp_path / "prior.pt").read_bytes()
+    if keep == "html":
+        content = b"<html>" * 100
+    else:
+        content = content[: int(keep * len(content)) if isinstance(keep, float) else keep]
+    (tmp_path / "prior.pt").write_bytes(content)
+    message = error(data.Run(tmp_path, "prior", "cpu").resume, CONFIG, RECIPE)
+    assert "prior.pt is damaged" in message and "prior.prev.pt" in message and "--fresh" in message
+    assert "does not exist" in error(data.read_checkpoint, tmp_path / "vqgan.pt")
+
+
+def save_for_ever(out):
+    run = data.Run(out, "prior", "cpu")
+    found = run.resume({"width": 1}, {"steps": 10**9})
+    step = found["step"] if found else 0
+    assert not found or all((w == step).all() for w in found["model"]), "a torn checkpoint"
+    (out / "writing").write_text(str(step))
+    os.replace(out / "writing", out / "began")  # whole or not there: the kill may come at once
+    while True:
+        step += 1
+        run.save(
+            {
+                "config": {"width": 1},
+                "recipe": {"steps": 10**9},
+                "step": step,
+                "model": [torch.full((50_000,), float(step)) for _ in range(4)],
+            }
+        )
+        run.log(step, {"loss": step / 2})
+
+
+@slow
+def test_kill_9_at_any_moment(tmp_path):
+    steps, rng = [], np.random.default_rng(0)
+    for _ in range(25):
+        process = child(save_for_ever, tmp_path)
+        while not (tmp_path / "began").exists() and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(0.06 * rng.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, "the child failed by itself"
+        steps.append(int((tmp_path / "began").read_text()))
+        (tmp_path / "began").unlink()
+        saved = (
+            tmp_path / "prior.pt"
+            if (tmp_path / "prior.pt").exists()
+            else tmp_path / "prior.prev.pt"
+        )
+        if saved.exists():
+            assert torch.load(saved, weights_only=True)["step"] >= steps[-1]
+    assert steps == sorted(steps) and steps[-1] > 5, steps
+    rows = (tmp_path / "prior.csv").read_text().split("\n")
+    logged = [int(row.split(",")[0]) for row in rows[1:] if row]
+    assert rows[0] == "step,loss" and logged == list(range(1, len(logged) + 1)), (
+        "a step is missing or there twice"
+    )
+
+
+def die_at(out, fatal):
+    run, count = data.Run(out, "prior", "cpu"), 0
+    run.resume({}, {"steps": 9})
+
+    def save(step):
+        run.save({"config": {}, "recipe": {"steps": 9}, "step": step, "w": torch.ones(99_999)})
+        run.wait()
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            if count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    save(1), save(2)
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    save(3)
+
+
+@slow
+def test_every_point_of_the_kill(tmp_path, restore_signals):
+    """Die exactly before each call that touches the disk, so also between the two renames."""
+    found, codes = [], []
+    for fatal in range(4):
+        process = child(die_at, tmp_path / str(fatal), fatal)
+        process.join()
+        codes.append(process.exitcode)
+        found.append(
+            data.Run(tmp_path / str(fatal), "prior", "cpu").resume({}, {"steps": 9})["step"]
+        )
+    assert codes == [-9, -9, -9, 0] and found == [2, 2, 2, 3]
+
+
+def fill_the_disk(out):
+    sys.stdout = sys.stderr = open(out / "printed", "w", buffering=1)
+    run = data.Run(out, "prior", "cpu")
+    run.resume({}, {"steps": 9})
+
+    def save(step, n):
+        run.save({"config": {}, "recipe": {}, "step": step, "w": torch.ones(n)})
+        run.wait()
+
+    save(1, 10), save(2, 10)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    save(3, 100_000)
+    print("training goes on")
+    run.finish()
+
+
+@slow
+def test_full_disk_keeps_the_old_checkpoint(tmp_path):
+    process = child(fill_the_disk, tmp_path)
+    process.join()
+    printed = (tmp_path / "printed").read_text()
+    assert process.exitcode == 1 and "training goes on" in printed and "Traceback" not in printed
+    assert printed.count("was not saved") == 2, "once when it happened, once at the end"
+    assert torch.load(tmp_path / "prior.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "prior.prev.pt", weights_only=True)["step"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_log_is_appended_and_never_twice(tmp_path, restore_signals):
+    run, _ = start_run(tmp_path)
+    for step in range(1, 6):
+        run.log(step, {"loss": step / 10, "psnr": 20.5 if step == 4 else None})
+    run.log(3, {"loss": 9, "psnr": 9})
+    run.save(checkpoint(3))
+    run.finish()
+    with open(tmp_path / "prior.csv", "a") as file:
+        file.write("6,0.")  # torn by a kill
+    run, found = start_run(tmp_path)
+    for step in range(found["step"] + 1, 8):
+        run.log(step, {"loss": step / 10, "psnr": None})
+    rows = list(csv.DictReader(open(tmp_path / "prior.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, 8))
+    assert [float(row["loss"]) for row in rows] == [i / 10 for i in range(1, 8)] and rows[3][
+        "psnr"
+    ] == "20.5"
+    run, _ = start_run(tmp_path, fresh=True)
+    run.log(1, {"loss": 1, "psnr": 2})
+    assert (
+        len((tmp_path / "prior.csv").read_text().splitlines()) == 2
+        and (tmp_path / "prior.prev.csv").exists()
+    )
+
+
+def test_wandb_missing_is_said(tmp_path):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is here")
+    assert "pip install wandb" in error(data.Run, str(tmp_path), "x", "cpu", wandb=True)
+
+
+def test_wandb_when_it_is_there(tmp_path, monkeypatch, restore_signals):
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\ndef init(**k): calls.append(k); return __import__('wandb')\n"
+        "def log(row, step): calls.append((step, row))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run, _ = start_run(tmp_path, wandb=True)
+    run.log(1, {"loss": 2.0})
+    import wandb
+
+    assert wandb.calls[0]["project"] == "parti" and wandb.calls[1] == (1, {"loss": 2.0})
+    sys.modules.pop("wandb")
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    assert "--out" in error(data.Run, str(tmp_path / "out"), "x", "cpu")
+
+
+def test_not_finite_steps(tmp_path):
+    run = data.Run(tmp_path, "prior", "cpu")
+    for _ in range(3):
+        for _ in range(19):
+            assert run.agree(torch.tensor(False)) == (False, False)
+        assert run.agree(torch.tensor(True)) == (True, False)
+    assert run.skipped == 57
+    run.stopping = True
+    assert run.agree(True) == (True, True)
+    message = error(lambda: [run.agree(False) for _ in range(20)])
+    assert "20 steps" in message and "--lr" in message and "prior.pt" in message
+
+
+class Endless:
+    def __len__(self):
+        return 10**6
+
+    def sample(self, index, rng=None):
+        return np.zeros((8, 8, 3), np.uint8), ""
+
+
+def train_until_stopped(out):
+    os.setsid()
+    sys.stdout = sys.stderr = open(out / "printed", "w", buffering=1)
+    run = data.Run(out, "prior", "cpu")
+    run.resume({}, {"steps": 9})
+    for step, _ in enumerate(data.batches(Endless(), 2, 0, 0, 10**6, workers=1)):
+        if step == 3:
+            (out / "ready").touch()
+        time.sleep(0.05)
+        _, stop = run.agree(True)
+        if stop:
+            run.save({"config": {}, "recipe": {}, "step": step})
+            break
+    run.finish()
+    print("saved")
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_once_and_exit(tmp_path, number):
+    process = child(train_until_stopped, tmp_path)
+    while not (tmp_path / "ready").exists() and process.is_alive():
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # as a terminal does: the workers are hit too
+    process.join(20)
+    assert process.exitcode == 0 and (tmp_path / "printed").read_text() == "saved\n"
+    assert torch.load(tmp_path / "prior.pt", weights_only=True)["step"] >= 3
+
+
+# --- many processes
+
+
+def agree_and_save(out, rank):
+    run = data.Run(out, "prior", "cpu")
+    assert run.world == 2 and dist.get_backend() == "gloo"
+    found = run.resume({}, {"steps": 5})
+    assert run.agree(rank == 0) == (False, False) and run.skipped == 1
+    run.stopping = rank == 1
+    assert run.agree(True) == (True, True)
+    step = found["step"] + 1 if found else 1
+    run.log(step, {"world": run.world})
+    run.save({"config": {}, "recipe": {"steps": 5}, "step": step})
+    run.finish()
+    data.say("said once")
+
+
+@slow
+def test_two_processes_agree_save_and_resume(tmp_path):
+    for expected in (1, 2):
+        codes, printed = two_processes(tmp_path, agree_and_save)
+        assert codes == [0, 0], printed
+        assert printed.count("said once") == 1
+        assert torch.load(tmp_path / "prior.pt", weights_only=True)["step"] == expected
+    assert (tmp_path / "prior.csv").read_text().split() == ["step,world", "1,2", "2,2"]
+
+
+def fail(out, rank, where):
+    if where == "one before" and rank == 1:
+        raise SystemExit("the one message")
+    run = data.Run(out, "prior", "cpu")
+    run.resume({}, {"steps": 5})
+    for step in range(1000):
+        if step == 3 and (where == "both" or rank == 1):
+            raise KeyError("the one message") if where == "crash" else SystemExit("the one message")
+        run.agree(True)
+        dist.all_reduce(torch.ones(3))
+
+
+@slow
+@pytest.mark.parametrize("where", ["one", "both", "crash"])
+def test_processes_fail_together_with_one_message(tmp_path, where):
+    codes, printed = two_processes(tmp_path, functools.partial(fail, where=where))
+    assert codes == [1, 1], printed
+    assert printed.count("the one message\n") + printed.count("KeyError: 'the one message'") == 1, (
+        printed
+    )
+    assert printed.count("Traceback") == (where == "crash"), printed
+
+
+@slow
+def test_torchrun_itself(tmp_path):
+    """A process fails before it has met the others: torchrun ends them, one message comes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(HERE)!r}]\nimport test_shapes as t, os\n"
+        f"out, rank = t.Path({str(tmp_path)!r}), int(os.environ['RANK'])\n"
+        "t.data.launch(lambda: t.fail(out, rank, 'one before'))\n"
+    )
+    begin = time.time()
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        result.returncode == 1 and (result.stdout + result.stderr).count("the one message") == 1
+    ), result.stderr
+    assert 'script.py", line' not in result.stderr and time.time() - begin < 40
+
+
+# --- the tokenizer
+
+TINY = dataclasses.replace(vqgan.PRESETS["tiny"], image_size=32, codes=64)
+
+
+def tokenizer_and_images(**changes):
+    torch.manual_seed(0)
+    return VQGAN(dataclasses.replace(TINY, **changes)), torch.rand(4, 3, 32, 32)
+
+
+# --- configuration and network -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, layers, heads, width, mlp",
+    [("small", 8, 8, 512, 2048), ("base", 12, 12, 768, 3072), ("large", 32, 16, 1280, 5120)],
+)
+def test_f16_presets_are_table_2_and_build_on_the_meta_device(name, layers, heads, width, mlp):
+    config = vqgan.PRESETS[name]
+    assert config.sizes() == config.sizes("decoder_") == (width, layers, heads, mlp)
+    assert (config.codes, config.code_dim, config.beta, config.patch) == (8192, 32, 0.25, 8)
+    with torch.device("meta"):
+        model = VQGAN(config)
+        z = model.latents(torch.rand(1, 3, 256, 256))
+        assert z.shape == (1, 1024, 32)  # F14
+        assert model.decoder_maps(z).shape == (1, 6, 256, 256)
+    blocks = sum(p.numel() for n, p in model.encoder.blocks.named_parameters() if p.ndim == 2)
+    assert blocks == 12 * width**2 * layers  # F17
+
+
+def test_f56_larger_decoder_is_the_large_tower_under_the_same_encoder():
+    config = vqgan.larger_decoder(vqgan.PRESETS["small"])
+    assert config.sizes() == vqgan.PRESETS["small"].sizes() and not config.logit_laplace
+    assert config.sizes("decoder_") == vqgan.PRESETS["large"].sizes()
+    tiny = vqgan.larger_decoder(vqgan.PRESETS["tiny"])
+    assert tiny.sizes() == vqgan.PRESETS["tiny"].sizes() and tiny.sizes("decoder_")[0] > 128
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"image_size": 60}, ("60", "8")),
+        ({"heads": 3}, ("128", "3")),
+        ({"decoder_width": 100, "decoder_heads": 3}, ("100", "3")),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line_naming_them(changes, words):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(vqgan.PRESETS["tiny"], **changes)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+    model, _ = tokenizer_and_images()
+    with pytest.raises(ValueError, match="48"):
+        model.encode(torch.rand(1, 3, 48, 48))
+
+
+def test_f14_a_token_is_one_patch_in_raster_order():
+    model, images = tokenizer_and_images(layers=1)
+    model.encoder.blocks = nn.Sequential()  # without attention a patch reaches one token only
+    before = model.latents(images)
+    images[:, :, 8:16, 24:32] += 0.5  # row 1, column 3 of a 4 x 4 grid
+    changed = (model.latents(images) != before).any(-1).any(0)
+    assert changed.nonzero().flatten().tolist() == [7]
+    model.decoder.blocks = nn.Sequential()
+    z = torch.randn(1, 16, 16)
+    a = model.decoder_maps(z)
+    z[:, 7] += 1
+    where = (model.decoder_maps(z) != a).any(1)[0].nonzero()
+    assert where.min(0).values.tolist() == [8, 24] and where.max(0).values.tolist() == [15, 31]
+
+
+def test_f21_tanh_head_has_two_layers_after_the_blocks():
+    model, _ = tokenizer_and_images()
+    for tower in (model.encoder, model.decoder):
+        assert [type(m) for m in tower.head] == [nn.Linear, nn.Tanh, nn.Linear]
+        assert tower.head[0].out_features == 4 * tower.head[0].in_features
+
+
+# --- quantizer ---------------------------------------------------------------------------------
+
+
+def test_f27_largest_cosine_is_smallest_distance():
+    a, b = F.normalize(torch.randn(500, 16), dim=-1), F.normalize(torch.randn(64, 16), dim=-1)
+    squared = torch.cdist(a.double(), b.double()) ** 2
+    assert torch.allclose(squared, 2 - 2 * a.double() @ b.double().T, atol=1e-6)
+    assert torch.equal(vqgan.nearest(a, b)[1], squared.argmin(-1))
+
+
+def test_f29_unit_weight_moves_the_codebook_and_beta_the_encoder():
+    model, images = tokenizer_and_images(beta=0.25)
+    z = model.latents(images).detach().requires_grad_()
+    z_q, loss, tokens = model.quantize(z)
+    e = F.normalize(model.codebook, dim=-1)[tokens]
+    squared = (z - e).square().sum(-1).mean()  # Eq. 1: sum over the code width
+    assert torch.allclose(loss, 1.25 * squared)
+    grad_z, grad_e = torch.autograd.grad(loss, (z, model.codebook))
+    assert torch.allclose(grad_z, 0.25 * torch.autograd.grad(squared, z, retain_graph=True)[0])
+    assert torch.allclose(grad_e, torch.autograd.grad(squared, model.codebook)[0])
+
+
+def test_f27_gradients_pass_through_the_normalisation_of_both_sides():
+    model, images = tokenizer_and_images()
+    _, loss, tokens = model.quantize(model.latents(images))
+    (grad,) = torch.autograd.grad(loss, model.codebook)
+    assert grad.norm() > 0 and (grad * model.codebook).sum(-1).abs().max() < 1e-6, "not tangential"
+    raw = torch.randn(4, 16, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(model.quantize(F.normalize(raw, dim=-1))[1], raw)
+    assert (grad * raw).sum(-1).abs().max() < 1e-6 < grad.norm()
+
+
+def test_f29_straight_through_gives_the_encoder_the_decoders_gradient():
+    model, images = tokenizer_and_images()
+    z = model.latents(images).detach().requires_grad_()
+    z_q, _, tokens = model.quantize(z)
+    weight = torch.randn_like(z_q)
+    assert torch.equal(torch.autograd.grad((z_q * weight).sum(), z)[0], weight)
+    assert torch.allclose(z_q, F.normalize(model.codebook, dim=-1)[tokens], atol=1e-6)
+
+
+def test_quantizer_is_float32_under_autocast():
+    model, images = tokenizer_and_images()
+    z = model.latents(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, loss, tokens = model.quantize(z)
+        assert model.latents(images).dtype == model.decoder_maps(z_q).dtype == torch.float32
+        total = sum(value.float().mean() for value in model(images)[:2])
+    assert z_q.dtype == loss.dtype == torch.float32 and torch.equal(tokens, model.encode(images))
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_forward_is_encode_then_decode():
+    model, images = tokenizer_and_images()
+    recon, loss, tokens = model(images)
+    assert tokens.dtype == torch.int64 and loss.ndim == 0 and recon.shape == images.shape
+    assert torch.equal(tokens, model.encode(images))
+    assert torch.allclose(recon, model.decode(tokens), atol=1e-5)
+
+
+def test_raw_maps_and_the_picture_come_from_one_forward():
+    model, images = tokenizer_and_images(logit_laplace=True)
+    maps, _, _ = model(images, raw=True)
+    assert maps.shape == (4, 6, 32, 32) and torch.equal(vqgan.view(maps), model(images)[0])
+
+
+def test_without_quantisation_every_parameter_still_has_a_gradient():
+    model, images = tokenizer_and_images()
+    recon, loss, _ = model(images, quantise=False)
+    assert loss == 0 and torch.equal(recon, vqgan.view(model.decoder_maps(model.latents(images))))
+    (recon.square().mean() + loss).backward()
+    assert all(p.grad is not None for p in model.parameters()), "DDP would hang"
+    assert model.codebook.grad.abs().max() == 0
+
+
+def test_f59_decoder_finetuning_leaves_token_ids_bit_identical():
+    model, images = tokenizer_and_images()
+    before = model.encode(images)
+    tuned = VQGAN(vqgan.larger_decoder(model.config))
+    tuned.encoder.load_state_dict(model.encoder.state_dict())
+    tuned.codebook.data.copy_(model.codebook.data)
+    tuned.requires_grad_(False).decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-3)
+    losses = []
+    for _ in range(3):
+        recon, codebook_loss, _ = tuned(images)
+        assert not codebook_loss.requires_grad
+        losses.append((recon - images).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] and torch.equal(tuned.encode(images), before)
+
+
+def test_kmeans_uses_every_code_and_is_quick():
+    torch.manual_seed(0)
+    model = VQGAN(vqgan.PRESETS["tiny"])
+    # 24,000 near-equal background latents and 6,000 others
+    latents = torch.cat(
+        [torch.ones(24000, 16) + 0.01 * torch.randn(24000, 16), torch.randn(6000, 16)]
+    )
+    start = time.time()
+    model.init_codebook(latents, torch.Generator().manual_seed(0))
+    assert time.time() - start < 10
+    _, loss, tokens = model.quantize(F.normalize(latents, dim=-1)[None])
+    plain = model.codebook.data.clone()
+    assert len(tokens.unique()) > 0.95 * 1536 and torch.allclose(
+        plain.norm(dim=-1), torch.ones(1536)
+    )
+    assert len(tokens[0, :24000].unique()) < 150, "the background takes the codes"
+    for _ in range(2):
+        first = model.codebook.data.clone()
+        model.init_codebook(latents, torch.Generator().manual_seed(0), steps=1)
+    assert torch.equal(first, model.codebook), "not a function of the generator"
+    with pytest.raises(ValueError, match="1536"):
+        model.init_codebook(latents[:100])
+
+
+def test_f32_usage_and_perplexity():
+    tokens = torch.arange(64).repeat(256, 1)
+    usage, perplexity = vqgan.codebook_usage(tokens, 128)
+    assert usage == 0.5 and abs(perplexity - 64) < 1e-3
+    half = torch.cat([torch.zeros(256, 4), torch.ones(256, 4)]).long()  # each batch has one code
+    assert vqgan.codebook_usage(half, 4)[0] == 0.25
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def test_f42_psnr_of_the_reported_l2():
+    images = torch.full((2, 3, 8, 8), 0.5)
+    assert vqgan.psnr(images, images + math.sqrt(3.09e-3)).tolist() == pytest.approx(
+        [25.1] * 2, abs=0.01
+    )
+    assert vqgan.psnr(torch.ones(1, 3, 8, 8), torch.full((1, 3, 8, 8), 1.2)).item() == math.inf
+
+
+def test_f35_logit_laplace_is_a_density_on_the_unit_interval():
+    x = torch.linspace(1e-6, 1 - 1e-6, 400_001, dtype=torch.double)
+    for mu, log_b in ((0.0, 0.0), (1.0, -1.0), (-0.5, -2.0)):
+        maps = torch.tensor([mu] * 3 + [log_b] * 3).view(1, 6, 1, 1).double()
+        images = ((x - 0.1) / 0.8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)  # phi^-1(x)
+        density = torch.stack(
+            [-vqgan.logit_laplace_loss(maps, image[None]) for image in images[::4000]]
+        ).exp()
+        b = math.exp(log_b) + 0.01
+        x4 = x[::4000]
+        expected = (-(x4.logit() - mu).abs() / b).exp() / (2 * b * x4 * (1 - x4))
+        assert torch.allclose(density, expected)
+        f = (-(x.logit() - mu).abs() / b).exp() / (2 * b * x * (1 - x))
+        assert abs(torch.trapezoid(f, x) - 1) < 1e-3
+
+
+def test_f36_view_inverts_the_squeeze_and_the_loss_is_lowest_there():
+    images = torch.rand(2, 3, 8, 8)
+    mu = (0.8 * images + 0.1).logit()
+    maps = torch.cat([mu, torch.full_like(mu, -4.0)], 1)
+    assert torch.allclose(vqgan.view(maps), images, atol=1e-6)
+    best = vqgan.logit_laplace_loss(maps, images)
+    assert (
+        best < vqgan.logit_laplace_loss(torch.cat([mu + 0.1, maps[:, 3:]], 1), images) and best < 0
+    )
+    extreme = torch.cat([mu, torch.full_like(mu, -99.0)], 1).requires_grad_()
+    assert vqgan.logit_laplace_loss(extreme, images.round()).isfinite()
+
+
+def test_f43_f47_logistic_losses_and_lazy_r1():
+    scores = torch.tensor([-3.0, 0.5, 40.0])
+    assert torch.allclose(
+        vqgan.generator_loss(scores), -scores.double().sigmoid().log().mean().float()
+    )
+    expected = -(
+        scores.double().sigmoid().log() + (1 - scores.double()[[1, 0, 0]].sigmoid()).log()
+    ).mean()
+    assert torch.allclose(vqgan.discriminator_loss(scores, scores[[1, 0, 0]]), expected.float())
+    images, weight = torch.rand(5, 3, 8, 8, requires_grad=True), torch.randn(3, 8, 8)
+    linear = ((2 * images - 1) * weight).sum((1, 2, 3))  # slope on [-1, 1] pixels: weight
+    expected = 16 * 10 / 2 * weight.square().sum()
+    assert torch.allclose(vqgan.r1_penalty(linear, images), expected)
+    discriminator = Discriminator(16, cap=8)
+    vqgan.r1_penalty(discriminator(F.interpolate(images, 16)), images).backward()
+    grads = [p.grad for n, p in discriminator.named_parameters() if n.endswith("weight")]
+    assert all(g is not None and g.norm() > 0 for g in grads), "the penalty does not train D"
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("lpips")
+    vgg, lin, channels, index = {"classifier.0.weight": torch.zeros(2)}, {}, 3, 0
+    for c in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+        if c:
+            vgg[f"features.{index}.weight"] = torch.randn(c, channels, 3, 3) / math.sqrt(
+                4.5 * channels
+            )
+            vgg[f"features.{index}.bias"] = 0.1 * torch.randn(c)
+            channels = c
+        index += 2 if c else 1
+    for i, c in enumerate((64, 128, 256, 512, 512)):
+        lin[f"lin{i}.model.1.weight"] = torch.rand(1, c, 1, 1)
+    torch.save(vgg, folder / "vgg16.pth")
+    torch.save(lin, folder / "vgg.pth")
+    return folder / "vgg16.pth", folder / "vgg.pth", vgg, lin
+
+
+def test_f39_perceptual_is_lpips_on_vgg16(lpips_files):
+    vgg_path, lpips_path, vgg, lin = lpips_files
+    perceptual = Perceptual(vgg_path, lpips_path)
+    a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    # the same thing layer by layer of torchvision's numbering
+    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, y = (((2 * t - 1).permute(0, 2, 3, 1) - mean).div(std).permute(0, 3, 1, 2) for t in (a, b))
+    total, taps = 0, {3: 0, 8: 1, 15: 2, 22: 3, 29: 4}
+    for i in range(30):
+        if f"features.{i}.weight" in vgg:
+            x, y = (
+                F.conv2d(t, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1)
+                for t in (x, y)
+            )
+        elif i in (4, 9, 16, 23):
+            x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+        else:
+            x, y = x.relu(), y.relu()
+        if i in taps:
+            u, v = (t / (t.square().sum(1, keepdim=True).sqrt() + 1e-10) for t in (x, y))
+            total = total + F.conv2d((u - v) ** 2, lin[f"lin{taps[i]}.model.1.weight"]).mean((2, 3))
+    distance = perceptual(a, b)
+    assert torch.allclose(distance, total.mean(), rtol=1e-4) and perceptual(a, a) == 0
+    assert torch.autograd.grad(distance, b)[0].norm() > 0
+    assert not list(perceptual.parameters()), "VGG must be frozen"
+
+
+def test_perceptual_without_weights_stops_with_what_to_do(lpips_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(Perceptual, "VGG", ("file:///nowhere/vgg16.pth", "0" * 64))
+    with pytest.raises(SystemExit) as error:
+        Perceptual()
+    assert "--vgg" in str(error.value) and "--perceptual 0" in str(error.value)
+    assert "\n" not in str(error.value)
+    # other content under the address is refused, the right content accepted and kept
+    monkeypatch.setattr(Perceptual, "VGG", (f"file://{lpips_files[0]}", "0" * 64))
+    with pytest.raises(SystemExit, match="hash"):
+        Perceptual("", lpips_files[1])
+    digest = hashlib.sha256(lpips_files[0].read_bytes()).hexdigest()
+    monkeypatch.setattr(Perceptual, "VGG", (f"file://{lpips_files[0]}", digest))
+    Perceptual("", lpips_files[1])
+    monkeypatch.setattr(Perceptual, "VGG", ("file:///nowhere/vgg16.pth", digest))
+    Perceptual("", lpips_files[1])
+
+
+def test_perceptual_loads_strictly(lpips_files, tmp_path):
+    vgg_path, lpips_path, vgg, lin = lpips_files
+    for broken in (
+        {k: v for k, v in vgg.items() if k != "features.28.bias"},
+        {k: v for k, v in vgg.items()} | {"features.24.weight": torch.zeros(512, 512, 3)},
+    ):
+        torch.save(broken, tmp_path / "v.pth")
+        with pytest.raises(SystemExit, match="v.pth"):
+            Perceptual(tmp_path / "v.pth", lpips_path)
+    torch.save({k: v[:, :7] for k, v in lin.items()}, tmp_path / "l.pth")
+    with pytest.raises(SystemExit, match="l.pth"):
+        Perceptual(vgg_path, tmp_path / "l.pth")
+    with pytest.raises(SystemExit):
+        Perceptual(lpips_path, vgg_path.with_name("missing.pth"))
+
+
+# --- discriminator -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, count", [(256, 28_864_129), (512, 28_982_849), (1024, 29_012_513)])
+def test_f46_discriminator_parameters(size, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Discriminator(size).parameters()) == count
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
+def test_f44_discriminator_builds_at_every_size(size):
+    with torch.device("meta"):
+        assert Discriminator(size)(torch.rand(2, 3, size, size)).shape == (2,)
+    with pytest.raises(ValueError, match="96"):
+        Discriminator(96)
+
+
+def test_f44_downsampling_low_passes_with_1331():
+    conv = vqgan.EqualConv(3, 5, 3, stride=2)
+    edge = torch.tensor([1.0, 3, 3, 1])
+    kernel = (edge[:, None] * edge / 64).expand(3, 1, 4, 4)
+    x = torch.randn(2, 3, 16, 16)
+    blurred = F.conv2d(x, kernel, padding=2, groups=3)
+    expected = F.conv2d(blurred, conv.weight / math.sqrt(27), conv.bias, stride=2)  # F45
+    assert expected.shape[-1] == 8 and torch.allclose(conv(x), expected, atol=1e-5)
+
+
+def test_f45_minibatch_stddev_sees_groups_of_four():
+    torch.manual_seed(0)
+    discriminator = Discriminator(16, cap=16)
+    images = torch.rand(8, 3, 16, 16)
+    scores = discriminator(images)
+    images[0] = 0  # group g holds g, g + 2, g + 4, g + 6: StyleGAN2's layout
+    changed = discriminator(images) != scores
+    assert changed.tolist() == [True, False] * 4
+    for batch in (1, 2, 3, 5, 6, 12):
+        assert discriminator(torch.rand(batch, 3, 16, 16)).shape == (batch,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert discriminator(images).isfinite().all()
+
+
+# --- upsampler ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale, count", [(2, 14.18e6), (4, 28.36e6)])
+def test_f65_upsampler_parameters_without_the_gains_of_weight_norm(scale, count):
+    with torch.device("meta"):
+        named = Upsampler(scale).named_parameters()
+    assert abs(sum(p.numel() for n, p in named if not n.endswith("original0")) - count) < 5e3
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_f64_upsampler_starts_as_nearest_neighbour_and_learns(scale):
+    torch.manual_seed(0)
+    upsampler, images = Upsampler(scale, width=8, blocks=2), torch.rand(2, 3, 8, 8)
+    enlarged = F.interpolate(images, scale_factor=scale, mode="nearest")
+    assert torch.allclose(upsampler(images), enlarged, atol=1e-5)
+    target = F.interpolate(images, scale_factor=scale, mode="bicubic")
+    optimizer, losses = torch.optim.Adam(upsampler.parameters(), 1e-3), []
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append((upsampler(images) - target).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(ValueError, match="3"):
+        Upsampler(3)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_own_checkpoint_round_trip_and_clear_errors(tmp_path):
+    model, images = tokenizer_and_images()
+    path = tmp_path / "vqgan.pt"
+    torch.save(
+        {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "step": 3}, path
+    )
+    loaded = vqgan.load(path)
+    assert loaded.config == model.config and torch.equal(
+        loaded.encode(images), model.encode(images)
+    )
+    whole = path.read_bytes()
+    broken = tmp_path / "broken.pt"
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        broken.write_bytes(whole[:size])
+        with pytest.raises(SystemExit) as error:
+            vqgan.load(broken)
+        assert "broken.pt" in str(error.value) and "\n" not in str(error.value)
+    config = dataclasses.asdict(model.config)
+    for odd in (
+        {"a": 1},
+        [1],
+        {"config": config | {"codes": 32}, "model": model.state_dict()},
+        {"config": config | {"depth": 2}, "model": model.state_dict()},
+        torch.zeros(2),
+        {"config": config | {"heads": 3}, "model": model.state_dict()},
+    ):
+        torch.save(odd, broken)
+        with pytest.raises(SystemExit) as error:
+            vqgan.load(broken)
+        assert "broken.pt" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="absent.pt"):
+        vqgan.load(tmp_path / "absent.pt")
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, broken)
+    with pytest.raises(SystemExit) as error:
+        vqgan.load(broken)
+    assert "state_dict" in str(error.value) and "\n" not in str(error.value)
+
+
+def public_state(width, layers, heads, mlp, side, g, n):
+    inner, state = 64 * heads, {}
+
+    def weight(name, *shape):
+        scale = 0.1 if len(shape) == 1 else 1 if "pos" in name else shape[-1] ** -0.5
+        state[name] = scale * torch.randn(*shape, generator=g) + (name.endswith("norm.weight"))
+
+    for i in range(layers):
+        at = f"{side}.transformer.layers.{i}."
+        for name, *shape in (
+            ("0.norm.weight", width),
+            ("0.norm.bias", width),
+            ("0.fn.to_qkv.weight", 3 * inner, width),
+            ("0.fn.to_out.weight", width, inner),
+            ("0.fn.to_out.bias", width),
+            ("1.norm.weight", width),
+            ("1.norm.bias", width),
+            ("1.fn.net.0.weight", mlp, width),
+            ("1.fn.net.0.bias", mlp),
+            ("1.fn.net.2.weight", width, mlp),
+            ("1.fn.net.2.bias", width),
+        ):
+            weight(at + name, *shape)
+    weight(f"{side}.transformer.norm.weight", width)
+    weight(f"{side}.transformer.norm.bias", width)
+    weight(f"{side}.{side[:2]}_pos_embedding", 1, n, width)
+    return state
+
+
+def public_transformer(x, s, side, layers, heads):
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"])
+
+    for i in range(layers):
+        at = f"{side}.transformer.layers.{i}."
+        b, n, _ = x.shape
+        q, k, v = (
+            t.view(b, n, heads, 64).transpose(1, 2)
+            for t in (norm(x, at + "0.norm") @ s[at + "0.fn.to_qkv.weight"].T).chunk(3, -1)
+        )
+        mixed = ((q @ k.transpose(-1, -2)) / 8).softmax(-1) @ v
+        x = x + F.linear(
+            mixed.transpose(1, 2).flatten(2),
+            s[at + "0.fn.to_out.weight"],
+            s[at + "0.fn.to_out.bias"],
+        )
+        h = F.linear(
+            norm(x, at + "1.norm"), s[at + "1.fn.net.0.weight"], s[at + "1.fn.net.0.bias"]
+        ).tanh()
+        x = x + F.linear(h, s[at + "1.fn.net.2.weight"], s[at + "1.fn.net.2.bias"])
+    return norm(x, f"{side}.transformer.norm")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_public_checkpoint_gives_the_public_models_tokens_and_pictures(tmp_path, wrapped):
+    g = torch.Generator().manual_seed(0)
+    s = public_state(48, 11, 2, 96, "encoder", g, 9) | public_state(80, 2, 1, 32, "decoder", g, 9)
+    for name, *shape in (
+        ("encoder.to_patch_embedding.0.weight", 48, 3, 8, 8),
+        ("encoder.to_patch_embedding.0.bias", 48),
+        ("decoder.to_pixel.1.weight", 80, 3, 8, 8),
+        ("decoder.to_pixel.1.bias", 3),
+        ("pre_quant.weight", 12, 48),
+        ("pre_quant.bias", 12),
+        ("post_quant.weight", 80, 12),
+        ("post_quant.bias", 80),
+        ("quantizer.embedding.weight", 50, 12),
+        ("loss.perceptual_loss.lin0.model.1.weight", 1, 64, 1, 1),
+    ):
+        s[name] = (
+            torch.randn(*shape, generator=g)
+            / math.sqrt(math.prod(shape[1:]))
+            / (10 if len(shape) == 1 else 1)
+        )
+    torch.save(
+        {"state_dict": s, "epoch": 3, "global_step": 7} if wrapped else s, tmp_path / "vit.ckpt"
+    )
+    images = torch.rand(2, 3, 24, 24, generator=g)
+    x = F.conv2d(
+        images,
+        s["encoder.to_patch_embedding.0.weight"],
+        s["encoder.to_patch_embedding.0.bias"],
+        stride=8,
+    )
+    x = x.flatten(2).transpose(1, 2) + s["encoder.en_pos_embedding"]
+    x = public_transformer(x, s, "encoder", 11, 2)
+    z = F.normalize(F.linear(x, s["pre_quant.weight"], s["pre_quant.bias"]), dim=-1)
+    codes = F.normalize(s["quantizer.embedding.weight"], dim=-1)
+    tokens = torch.cdist(z.flatten(0, 1), codes).argmin(-1).view(2, 9)
+    x = (
+        F.linear(codes[tokens], s["post_quant.weight"], s["post_quant.bias"])
+        + s["decoder.de_pos_embedding"]
+    )
+    x = public_transformer(x, s, "decoder", 2, 1).transpose(1, 2).reshape(2, 80, 3, 3)
+    pictures = F.conv_transpose2d(
+        x, s["decoder.to_pixel.1.weight"], s["decoder.to_pixel.1.bias"], stride=8
+    )
+    model = vqgan.load(tmp_path / "vit.ckpt")
+    assert model.config.sizes() == (48, 11, 2, 96) and model.config.sizes("decoder_") == (
+        80,
+        2,
+        1,
+        32,
+    )
+    assert torch.equal(model.encode(images), tokens) and len(tokens.unique()) > 3
+    assert torch.allclose(model.decode(tokens), pictures, atol=1e-4)
+
+
+# --- it learns ---------------------------------------------------------------------------------
+
+
+def test_tokenizer_overfits_one_batch():
+    torch.manual_seed(0)
+    model = VQGAN(
+        dataclasses.replace(vqgan.PRESETS["tiny"], image_size=32, codes=128, logit_laplace=True)
+    )
+    images = F.interpolate(torch.rand(8, 3, 4, 4), 32, mode="bilinear")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(80):
+        maps, codebook_loss, _ = model(images, quantise=step >= 30, raw=True)
+        if step == 30:
+            model.init_codebook(model.latents(images.repeat(2, 1, 1, 1)).detach())
+            continue
+        loss = (vqgan.view(maps) - images).square().mean() + codebook_loss
+        loss = loss + 0.1 * vqgan.logit_laplace_loss(maps, images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    assert (
+        vqgan.psnr(images, model(images)[0]).mean()
+        > 20
+        > vqgan.psnr(images, 0 * images + 0.5).mean()
+    )
+
+
+def test_walk_through_runs(capsys):
+    vqgan.main()
+    assert "28,864,129" in capsys.readouterr().out
+
+
+# --- the prior -----------------------------------------------------------------------------------
+
+SMALL = PriorConfig(
+    text_vocab=50,
+    text_length=12,
+    codes=24,
+    grid=4,
+    width=32,
+    heads=2,
+    mlp=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    dropout=0.0,
+    kernel=3,
+)
+OFFSETS = [0, 1, 3, 4, 5]  # 3 x 3 on 4 x 4
+
+
+def small_prior(**changes):
+    """A prior whose head is not zero any more, texts (4, 12) of lengths 12, 5, 1, 0 and tokens."""
+    torch.manual_seed(0)
+    model = Parti(dataclasses.replace(SMALL, **changes)).eval()
+    nn.init.normal_(model.head.weight, std=0.3)
+    text = torch.randint(4, 50, (4, 12))
+    for row, length in zip(text, (12, 5, 1, 0)):
+        row[length:] = 0
+    return model, text, torch.randint(model.config.codes, (4, model.config.tokens))
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [("350m", 352_321_536), ("750m", 754_974_720), ("3b", 3_019_898_880), ("20b", 20_401_094_656)],
+)
+def test_f67_block_weights_of_table_1_on_the_meta_device(name, weights):
+    with torch.device("meta"):
+        model = Parti(prior.PRESETS[name])
+    blocks = [*model.encoder.blocks, *model.blocks]
+    assert sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2) == weights
+    config = model.config
+    assert config.width // config.heads == 64 and config.mlp == 4 * config.width  # F68
+    assert (config.tokens, config.codes, config.text_length, config.text_vocab) == (
+        1024,
+        8192,
+        128,
+        16_000,
+    )
+    assert isinstance(model.norm, nn.LayerNorm) and isinstance(model.encoder.norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"width": 100, "heads": 3}, ("100", "3")), ({"kernel": 4}, ("kernel 4", "odd"))],
+)
+def test_sizes_of_a_prior_that_do_not_fit_are_one_line(changes, words):
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(SMALL, **changes)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+def test_f71_the_first_loss_is_ln_k():
+    torch.manual_seed(0)
+    logits = Parti(SMALL)(torch.ones(2, 12).long(), torch.randint(24, (2, 16)))
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(24, (32,)))
+    assert loss.item() == pytest.approx(math.log(24), abs=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_a_token_changes_no_logit_before_it(kernel):
+    model, text, tokens = small_prior(kernel=kernel)
+    before = model(text, tokens)
+    for j in (0, 6, 15):
+        other = tokens.clone()
+        other[:, j] = (other[:, j] + 1) % 24
+        changed = (model(text, other) != before).any(-1).any(0)
+        assert not changed[: j + 1].any(), "a code is predicted from itself or from later ones"
+        assert j == 15 or changed[j + 1]
+
+
+def test_f79_f82_one_sparse_layer_passes_a_token_on_to_the_offsets_alone():
+    model, text, tokens = small_prior(decoder_layers=1)
+    before = model(text, tokens)
+    for j in (0, 4, 9):
+        other = tokens.clone()
+        other[:, j] = (other[:, j] + 1) % 24
+        changed = (model(text, other) != before).any(-1).any(0).nonzero().flatten().tolist()
+        # The input of position j + 1 is token j: state i holds token i - 1 and predicts token i.
+        assert changed == [j + 1 + o for o in OFFSETS if j + 1 + o < 16]
+
+
+def test_text_reaches_every_position_and_its_padding_none():
+    model, text, tokens = small_prior()
+    before = model(text, tokens)
+    longer = F.pad(text[:, :5], (0, 7))
+    assert torch.allclose(model(longer, tokens)[1:], model(text[:, :5], tokens)[1:], atol=1e-5)
+    assert not torch.allclose(before[0], model(longer, tokens)[0], atol=1e-3)
+    text[1, 4] = 7
+    assert (model(text, tokens)[1] != before[1]).any(-1).all()
+
+
+def test_a_text_of_padding_alone_gives_no_nan_and_is_the_dropped_caption():
+    model, text, tokens = small_prior()
+    logits = model(torch.zeros_like(text), tokens)
+    logits.square().mean().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    words = data.Text(data.train_tokens(["a red circle", "a blue square"]), 12)
+    assert torch.equal(words([""]), torch.zeros(1, 12).long())
+    assert torch.allclose(logits[3], model(text, tokens)[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [0, 3])
+@torch.no_grad()
+def test_cached_logits_are_the_uncached_ones_at_every_position(kernel):
+    model, text, tokens = small_prior(kernel=kernel)
+    step, whole = prior.CachedDecoder(model, text), model(text, tokens)
+    assert step.size == (6 if kernel else 16), "the ring holds what the mask can reach, F79"
+    for i in range(16):
+        logits = step(i, tokens[:, i - 1] if i else None)
+        assert torch.allclose(logits, whole[:, i], atol=1e-4), f"position {i} saw something else"
+
+
+@torch.no_grad()
+def test_logits_are_float32_under_autocast():
+    model, text, tokens = small_prior()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, sampled = model(text, tokens), model.generate(text, guidance=2.0)
+    assert logits.dtype == torch.float32 and sampled.shape == (4, 16)  # F102
+    assert (logits - model(text, tokens)).abs().max() < 0.3
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def test_f107_guidance_1_is_conditional_and_0_unconditional():
+    with_text, without = torch.randn(2, 4, 24)
+    assert torch.allclose(prior.guide(with_text, without, 1.0), with_text, atol=1e-6)
+    assert torch.equal(prior.guide(with_text, without, 0.0), without)
+    assert torch.allclose(
+        prior.guide(with_text, without, 1.2), 1.2 * with_text - 0.2 * without, atol=1e-6
+    )
+    model, text, _ = small_prior()
+
+    def drawn(text, scale):
+        return model.generate(text, scale, generator=torch.Generator().manual_seed(5))
+
+    nothing = torch.zeros_like(text)
+    assert torch.equal(drawn(text, 0.0), drawn(nothing, 1.0))
+    assert torch.equal(drawn(nothing, 3.0), drawn(nothing, 1.0)), "no text: nothing to amplify"
+    assert torch.equal(drawn(text, 1.0), drawn(text, 1.0 + 1e-9))  # one stream or two, F109
+    assert not torch.equal(drawn(text, 1.0), drawn(text, 4.0))
+
+
+@torch.no_grad()
+def test_sampling_follows_the_logits():
+    model, text, _ = small_prior()
+    likeliest = model.generate(text, top_k=1)
+    assert torch.equal(model(text, likeliest).argmax(-1), likeliest)
+    assert torch.equal(model.generate(text, temperature=1e-4), likeliest)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    a, b, c = (model.generate(text, generator=seed) for seed in seeds)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    counts = prior.draw(torch.tensor([[0.5, 0.3, 0.2]]).log().expand(20_000, 3)).bincount() / 20_000
+    assert counts.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+def test_truncation_keeps_the_likeliest():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]]).log()
+
+    def kept(**how):
+        return (prior.truncate(logits, **how) > -math.inf).int().tolist()
+
+    assert torch.equal(prior.truncate(logits), logits)
+    assert kept(top_k=2)[0] == [0, 1, 0, 1] and kept(top_k=9) == [[1] * 4] * 2
+    assert kept(top_p=0.69) == [[0, 1, 0, 1], [1, 0, 0, 0]]
+    assert kept(top_p=0.71)[0] == [0, 1, 1, 1] and kept(top_p=0.0) == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert kept(top_k=3, top_p=0.5)[0] == [0, 1, 0, 1]
+
+
+# --- text and pictures in one space --------------------------------------------------------------
+
+
+def test_f86_hides_15_percent_of_the_words_80_10_10():
+    text = torch.full((400, 50), 9)
+    text[:, 40:] = 0
+    hidden, chosen = prior.hide(text, 1000, torch.rand(3, 400, 50))
+    assert not chosen[:, 40:].any() and torch.equal(hidden[~chosen], text[~chosen])
+    assert chosen[:, :40].float().mean().item() == pytest.approx(0.15, abs=0.01)
+    became = hidden[chosen]
+    shares = [(became == value).float().mean().item() for value in (prior.MASK, 9)]
+    assert shares == pytest.approx([0.8, 0.1], abs=0.03)
+    assert became[(became != prior.MASK) & (became != 9)].min() >= 4, "no padding, no marks"
+    assert became.max() < 1000
+
+
+def test_f87_contrastive_loss_in_closed_form():
+    text, images = (F.normalize(torch.randn(6, 8).double(), dim=-1) for _ in range(2))
+    e = (7.0 * text @ images.T).exp()
+    right = e.diagonal()
+    expected = -((right / e.sum(1)).log() + (right / e.sum(0)).log()).mean() / 2
+    assert torch.allclose(prior.contrastive_loss(text, images, 7.0), expected)
+    one = F.normalize(torch.ones(5, 8), dim=-1)  # all alike: a guess among five
+    assert prior.contrastive_loss(one, one, 3.0).item() == pytest.approx(math.log(5))
+    assert prior.contrastive_loss(torch.eye(5), torch.eye(5), 100.0) < 1e-6
+
+
+def test_f84_the_text_tower_is_the_encoder_of_the_prior():
+    torch.manual_seed(0)
+    dual, (model, text, _) = DualEncoder(SMALL, 32).eval(), small_prior()
+    model.encoder.load_state_dict(dual.encoder.state_dict())
+    assert torch.equal(model.encoder(text)[0], dual.encoder(text)[0])
+    images = torch.rand(4, 3, 32, 32)
+    texts, pictures, scale, words = dual(text, images, text)
+    assert texts.shape == pictures.shape == (4, 32) and words.shape == (4, 12, 50)
+    assert torch.allclose(texts.norm(dim=-1), torch.ones(4))
+    assert torch.allclose(pictures.norm(dim=-1), torch.ones(4)) and scale <= 100
+    assert torch.allclose(
+        dual.embed_text(F.pad(text[1:, :5], (0, 3))), dual.embed_text(text[1:, :5]), atol=1e-5
+    ), "padding counts"
+    assert torch.allclose(words, torch.zeros_like(words)), "all words equally likely at first"
+
+
+def test_alike_codes_start_alike():
+    model, codes = Parti(dataclasses.replace(SMALL, width=256)), torch.randn(24, 16)
+    model.start_from(codes)
+    for weight in (model.embed.weight, model.head.weight):
+        a, b = (
+            F.cosine_similarity(weight[:, None], weight, dim=-1),
+            F.cosine_similarity(codes[:, None], codes, dim=-1),
+        )
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.9
+
+
+# --- Adafactor -----------------------------------------------------------------------------------
+
+
+def adafactor(*shapes, **options):
+    """Parameters with random values, and the optimizer of them."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    return parameters, prior.Adafactor(parameters, **{"lr": 1e-2, "weight_decay": 0.0} | options)
+
+
+def test_f93_the_first_update_is_the_sign_of_the_gradient():
+    (vector,), optimizer = adafactor((64,), betas=(0.0, 0.96))
+    before, vector.grad = vector.detach().clone(), torch.randn(64)
+    optimizer.step()
+    assert torch.allclose(vector, before - 1e-2 * vector.grad.sign(), atol=1e-6)
+    square = optimizer.state[vector]["square"]
+    assert torch.allclose(square, vector.grad.square()), "beta2 of the first step is not 0"
+    first, vector.grad = vector.grad, torch.randn(64)
+    optimizer.step()  # bias-corrected: the weighted mean of both squares
+    expected = (0.96 * first.square() + vector.grad.square()) / 1.96
+    assert torch.allclose(square.lerp(expected, 1.0), optimizer.state[vector]["square"])
+
+
+def test_f94_f95_a_matrix_keeps_row_and_column_means_and_its_update_is_clipped():
+    (matrix,), optimizer = adafactor((6, 8), betas=(0.0, 0.96))
+    before = matrix.detach().clone()
+    matrix.grad = torch.outer(torch.rand(6) + 0.1, torch.rand(8) + 0.1)
+    optimizer.step()  # of rank one: the factors are exact
+    assert torch.allclose(before - matrix, torch.full((6, 8), 1e-2), atol=1e-5)
+    state = optimizer.state[matrix]
+    assert state["rows"].numel() + state["columns"].numel() == 14
+    before, matrix.grad = matrix.detach().clone(), 1e3 * torch.randn(6, 8)
+    optimizer.step()
+    assert (before - matrix).square().mean().sqrt() <= 1e-2 * 1.001, "an update of RMS above 1"
+
+
+def test_f97_momentum_is_int8_and_its_round_trip_changes_nothing():
+    (matrix,), optimizer = adafactor((16, 8))
+    for _ in range(3):
+        matrix.grad = torch.randn(16, 8)
+        optimizer.step()
+    state = optimizer.state[matrix]
+    assert state["momentum"].dtype == torch.int8 and state["bucket"].shape == (1, 8)
+    values = state["momentum"] * state["bucket"]
+    bucket = values.abs().amax(0, keepdim=True) / 127
+    assert torch.equal((values / bucket).round().to(torch.int8), state["momentum"])
+    assert state["momentum"].abs().amax(0).tolist() == [127] * 8
+
+
+def test_adafactor_resumes_exactly_and_decays_by_itself():
+    (a, vector), optimizer = adafactor((16, 8), (8,), weight_decay=0.1)
+    gradients = [[torch.randn_like(p) for p in (a, vector)] for _ in range(6)]
+
+    def steps(optimizer, gradients):
+        for grads in gradients:
+            for p, p.grad in zip(optimizer.param_groups[0]["params"], grads):
+                pass
+            optimizer.step()
+
+    steps(optimizer, gradients[:3])
+    copies = [nn.Parameter(p.detach().clone()) for p in (a, vector)]
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    again = prior.Adafactor(copies, lr=5.0)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert all(state["momentum"].dtype == torch.int8 for state in again.state.values())
+    steps(optimizer, gradients[3:])
+    steps(again, gradients[3:])
+    assert torch.equal(a, copies[0]) and torch.equal(vector, copies[1])
+    (still,), optimizer = adafactor((4, 4), weight_decay=0.1)
+    before, still.grad = still.detach().clone(), torch.zeros(4, 4)
+    optimizer.step()
+    assert torch.allclose(still, before * (1 - 1e-2 * 0.1)), "decay must not depend on gradients"
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_prior_overfits_one_batch(name):
+    model, text, tokens = small_prior(kernel=3)
+    model.train()
+    recipe = dataclasses.replace(train_prior.TINY, optimizer=name, lr=1e-2, weight_decay=0.0)
+    optimizer, losses = train_prior.make_optimizer(model, recipe), []
+    for _ in range(100):
+        logits = model(text, tokens)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.1 < 2 < losses[0]
+
+
+# --- training the prior --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """A small tokenizer as it came from its initialisation: 24 codes, 4 x 4 tokens of 32 x 32."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        TINY,
+        width=32,
+        layers=1,
+        heads=2,
+        mlp=64,
+        codes=24,
+        code_dim=8,
+        decoder_width=0,
+        decoder_layers=0,
+        decoder_heads=0,
+        decoder_mlp=0,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "vqgan.pt"
+    model = VQGAN(config).state_dict()
+    torch.save({"config": dataclasses.asdict(config), "model": model, "step": 1}, path)
+    return path
+
+
+def train_rank(out, rank, argv):
+    """train_prior.py with these options, in this process."""
+    torch.set_num_threads(1)
+    sys.argv = ["train_prior.py", *argv]
+    train_prior.main()
+
+
+def alone(out, main):
+    """What `python script.py` is, without the seconds of importing torch."""
+    sys.stdout = sys.stderr = open(out / "printed", "w", buffering=1)
+    data.launch(lambda: main(out, 0))
+
+
+@pytest.fixture
+def train(tokenizer_file, tmp_path):
+    """train(name, *options, world=1): a run in tmp_path/name -> its log, its checkpoint."""
+
+    def run(name, *options, world=1, stage="prior", steps=6, kill=None):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        argv = f"--out {out} --vqgan {tokenizer_file} --stage {stage} --steps {steps} --batch 8".split()
+        argv += (
+            "--width 32 --heads 2 --mlp 64 --encoder-layers 1 --decoder-layers 2 --kernel 3".split()
+        )
+        argv += "--text-length 16 --warmup 1 --save-every 3 --log-every 1 --seed 1".split()
+        argv += ["--dtype", "float32", "--device", "cpu", *options]
+        main = functools.partial(train_rank, argv=argv)
+        if world > 1:
+            codes, printed = two_processes(out, main)
+        else:
+            process = child(alone, out, main)
+            while kill and process.is_alive() and len(log_of(out, stage)) < kill:
+                time.sleep(0.01)
+            if kill:
+                os.kill(process.pid, signal.SIGTERM)
+            process.join(60)
+            codes, printed = [process.exitcode], (out / "printed").read_text()
+        assert not any(codes), printed
+        return log_of(out, stage), torch.load(out / f"{stage}.pt", weights_only=True)
+
+    return run
+
+
+def log_of(out, name):
+    path = out / f"{name}.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def column(log, name):
+    return [float(row[name]) for row in log if row[name]]
+
+
+def same(a, b, path="checkpoint"):
+    """Two nests of dicts, lists, tensors and numbers are equal bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, f"{path}/{i}")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_an_interrupted_run_continues_bit_for_bit(train, optimizer):
+    options = "--optimizer", optimizer, "--dropout", "0.1", "--drop", "0.3", "--batch", "4"
+    log, whole = train("whole", *options, steps=24)
+    _, stopped = train("parts", *options, steps=24, kill=4)
+    assert 4 <= stopped["step"] < 24, "SIGTERM came too late for this test"
+    again, resumed = train("parts", *options, steps=24)
+    same(whole["model"], resumed["model"])
+    same(whole["optimizer"], resumed["optimizer"])
+    assert column(log, "step") == column(again, "step") == list(range(1, 25))
+    assert column(log, "loss") == column(again, "loss")
+
+
+@slow
+@pytest.mark.parametrize("stage", ["prior", "text"])
+def test_two_processes_are_one_on_the_same_global_batch(train, stage):
+    log, one = train("one", stage=stage, steps=4)
+    again, two = train("two", stage=stage, steps=4, world=2)
+    for name in ("loss", "grad_norm", "held_out"):
+        assert column(log, name) == pytest.approx(column(again, name), rel=1e-4), name
+    for name, value in one["model"].items():
+        assert torch.allclose(value, two["model"][name], atol=1e-3), name
+    if stage == "prior":  # and the parts that a batch is computed in are the batch
+        again, _ = train("parts", "--accumulate", "2", steps=4)
+        assert column(log, "loss") == pytest.approx(column(again, "loss"), rel=1e-4)
+
+
+@slow
+def test_fsdp_is_one_process_and_its_checkpoint_loads_into_one(train, tmp_path):
+    options = "--optimizer", "adafactor"
+    log, _ = train("one", *options, steps=9)
+    train("sharded", "--fsdp", *options, world=2, steps=3)
+    train("sharded", "--fsdp", *options, world=2)
+    again, _ = train("sharded", *options, steps=9)
+    assert column(log, "loss") == pytest.approx(column(again, "loss"), rel=1e-3)
+    assert column(again, "step") == list(range(1, 10))
+    assert prior.load(tmp_path / "sharded/prior.pt").config.width == 32
+    log, _ = train("one", *options, stage="text", steps=3)
+    again, _ = train("sharded", "--fsdp", *options, stage="text", world=2, steps=3)
+    assert column(log, "loss") == pytest.approx(column(again, "loss"), rel=1e-3)
+
+
+@slow
+def test_the_prior_learns_and_starts_from_the_text_stage(train, tmp_path):
+    log, text = train("text", stage="text", steps=30)
+    assert column(log, "loss")[-1] < 0.9 * column(log, "loss")[0]
+    options = "--text", str(tmp_path / "text/text.pt")
+    log, started = train("prior", *options, steps=30)
+    losses = column(log, "loss")
+    assert losses[-1] < 0.6 * losses[0]
+    assert started["config"]["text_vocab"] == text["config"]["text_vocab"]
+    same(text["text"], started["text"])
+    assert (tmp_path / "prior/prior.png").exists()
+
+
+def test_warm_start_takes_the_encoder_alone(tokenizer_file):
+    torch.manual_seed(3)
+    warm = {"model": DualEncoder(SMALL, 32).state_dict()}
+    tokenizer = vqgan.load(tokenizer_file)
+    recipe = dataclasses.replace(train_prior.TINY, code_start=False)
+    cold, model = (
+        train_prior.make_model(train_prior.Options(), SMALL, recipe, tokenizer, state)
+        for state in (None, warm)
+    )
+    for name, value in model.state_dict().items():
+        expected = warm["model"] if name.startswith("encoder.") else cold.state_dict()
+        assert torch.equal(value, expected[name]), name
+
+
+def test_f91_matrices_decay_and_vectors_do_not():
+    model = Parti(SMALL)
+    optimizer = train_prior.make_optimizer(model, train_prior.Recipe())
+    assert isinstance(optimizer, prior.Adafactor)
+    matrices, vectors = optimizer.param_groups
+    assert matrices["betas"] == (0.9, 0.96) and matrices["lr"] == 4.5e-5
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.045, 0.0)
+    assert {p.ndim for p in vectors["params"]} == {1}
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_f70_the_loss_is_the_mean_over_tokens_and_text_is_cut_to_the_longest():
+    model, text, _ = small_prior()
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokenizer = VQGAN(dataclasses.replace(TINY, codes=24))
+    pixels, cut = train_prior.prepare(images, F.pad(text[1:], (0, 9)), "cpu")
+    assert cut.shape == (3, 5) and pixels.max() <= 1 and pixels.dtype == torch.float32
+    loss = train_prior.prior_loss(model, pixels, text, tokenizer)
+    tokens = tokenizer.encode(pixels)
+    expected = -model(text, tokens).log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    assert torch.allclose(loss, expected)
+
+
+def test_f88_a_share_of_the_captions_is_dropped():
+    stream = data.Stream(data.Scenes(size=8), 0, drop=0.1)
+    captions = [stream[position][1] for position in range(1000)]
+    assert 0.07 < captions.count("") / 1000 < 0.13
+    assert "" not in [data.Stream(data.Scenes(size=8), 0)[position][1] for position in range(50)]
