@@ -75,8 +75,8 @@ class Scenes:
 
     def __init__(self, split="train", size=64, seed=0, length=1_000_000):
         if split not in ("train", "seen", "combination", "pair") or size % GRID:
-            raise ValueError(f"no scenes of split {split!r} at {size} pixels; expected train, seen, "
-                             f"combination or pair, and a multiple of {GRID}")
+            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected train, "
+                             f"seen, combination or pair, and a multiple of {GRID}")
         self.split, self.size, self.seed, self.length = split, size, seed, length
 
     def __len__(self):
@@ -244,7 +244,7 @@ def _recognise(image, background):
 
 
 def check(image, caption):
-    """Does the picture show just what the caption says: every object, its colour, its shape, its size
+    """Does the picture show just what the caption says: every object, its colour, shape and size
     where named, number, relation, background (white unless named), and nothing else?
 
     image: uint8 (S,S,3) or float tensor (3,S,S) in [0,1], S a multiple of 8. Decides from these

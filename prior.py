@@ -3,15 +3,17 @@
     python prior.py                      # walk-through: shapes, sizes against the paper, speed
     torchrun train_prior.py              # train the tiny one on the built-in scenes
 
-Top to bottom: configuration, the encoder-decoder transformer, sampling with a cache, the contrastive
-text-image model, the optimiser, initial values, and the attention that all of them share. Axes: B
-batch, T text tokens, N image tokens, H heads, D width, d head width, K codebook entries, G grid.
+Top to bottom: configuration, the encoder-decoder transformer, sampling with a cache, the
+contrastive text-image model, the optimiser, initial values, and the attention that all of them
+share. Axes: B batch, T text tokens, N image tokens, H heads, D width, d head width, K codebook
+entries, G grid side.
 """
 
 import functools
 import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +149,7 @@ class TextEncoder(nn.Module):
 
 
 class Parti(nn.Module):
-    """Text tokens to image tokens: encoder, decoder, one distribution over the codebook at a time."""
+    """Text tokens to image tokens: encoder, decoder, one distribution over codes at a time."""
 
     def __init__(self, config):
         super().__init__()
@@ -197,10 +199,10 @@ class Parti(nn.Module):
 
     @torch.no_grad()
     def generate(self, text, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """text (B, T) -> sampled image tokens (B, N), one after the other with a cache (Parti §2.4).
+        """text (B, T) -> image tokens (B, N), drawn one after the other with a cache (Parti §2.4).
 
         guidance: lambda of Parti Eq. 1; 1 is plain conditional sampling and costs half as much.
-        temperature, top_k (0: off), top_p (1: off) act after it; generator: on the model's device."""
+        temperature, top_k (0: off), top_p (1: off) act after it. generator: on the same device."""
         guided = guidance != 1.0
         if guided:  # two streams in one batch: the second has no text
             text = torch.cat([text, torch.zeros_like(text)])
@@ -216,8 +218,8 @@ class Parti(nn.Module):
 class CachedDecoder:
     """The decoder one position at a time: keys and values of the past are kept, not computed again.
 
-    With the conv-shaped mask no query sees further back than `conv_offsets` reach, so that the cache
-    is a ring of that many positions and the cost of a token does not grow with its position."""
+    With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
+    a ring of that many positions and the cost of a token does not grow with its position."""
 
     def __init__(self, prior, text):
         self.prior, config = prior, prior.config
@@ -225,7 +227,8 @@ class CachedDecoder:
         self.text = [block.cross.keys_values(memory) for block in prior.blocks]
         size = conv_offsets(config.kernel, config.grid)[-1] + 1 if config.kernel else config.tokens
         self.size = min(size, config.tokens)
-        shape = (len(prior.blocks), 2, len(text), config.heads, self.size, config.width // config.heads)
+        head = config.width // config.heads
+        shape = (len(prior.blocks), 2, len(text), config.heads, self.size, head)
         self.kept = memory.new_zeros(shape)  # keys and values of every layer
         self.held = torch.full((self.size,), -1, device=text.device)  # the position in each slot
         self.places = prior.positions()
@@ -295,7 +298,7 @@ class DualEncoder(nn.Module):
         self.image = Tower(vit, 3 * patch**2, config.width, *vit.sizes())
         self.text = nn.Linear(config.width, config.width, bias=False)  # into the common space
         self.head = nn.Linear(config.width, config.text_vocab, bias=False)  # hidden tokens
-        self.scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # log of 1 / temperature (CLIP)
+        self.scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # log 1/temperature: CLIP
         self.patch = patch
         initialise(self)
 
@@ -315,13 +318,14 @@ class DualEncoder(nn.Module):
         """-> text vectors, image vectors, both (B, D), temperature factor (capped at 100), logits
         (B, T, V) of the masked-token objective for `hidden`, the text with hidden tokens."""
         words = self.head(self.encoder(hidden)[0]).float()
-        return self.embed_text(text), self.embed_images(images), self.scale.exp().clamp(max=100), words
+        scale = self.scale.exp().clamp(max=100)
+        return self.embed_text(text), self.embed_images(images), scale, words
 
 
 def hide(text, vocab, draws):
-    """BERT's corruption of text (B, T) by uniform numbers draws (3, B, T): 15 % of the tokens are to
-    be predicted; of these 80 % become MASK, 10 % a random piece, 10 % stay. Returns the corrupted
-    text and the chosen places (B, T)."""
+    """BERT's corruption of text (B, T) by uniform numbers draws (3, B, T): 15 % of the tokens are
+    to be predicted; of these 80 % become MASK, 10 % a random piece, 10 % stay. Returns the text so
+    corrupted and the chosen places (B, T)."""
     chosen = (draws[0] < 0.15) & (text != 0)
     piece = (4 + draws[2] * (vocab - 4)).long()  # the first four are padding, MASK, start and end
     hidden = torch.where(draws[1] < 0.8, MASK, torch.where(draws[1] < 0.9, piece, text))
@@ -342,7 +346,7 @@ def contrastive_loss(text, images, scale):
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor as Parti used it (§3): factored second moment with a constant, bias-corrected decay,
+    """Adafactor as Parti used it (§3): factored second moment with constant, bias-corrected decay,
     update clipping, momentum kept in int8, decoupled weight decay, absolute learning rate.
 
     m, the momentum, is stored as round(m / s) with one s = max|m| / 127 a column; that of vectors,
@@ -499,7 +503,7 @@ if triton is not None:
         tl.store(X + at, value.to(X.dtype.element_ty), mask=rows[:, None] < n)
 
     @triton.jit
-    def _forward(Q, K, V, O, LSE, LENGTHS, sq, sk, sv, so, heads, n, m, scale, behind, ahead,
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, sq, sk, sv, so, heads, n, m, scale, behind, ahead,
                  CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr, D: tl.constexpr,
                  OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
         """O and the log-sum-exp of one tile of queries."""
@@ -524,7 +528,7 @@ if triton is not None:
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
         total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        _store(O, so, b, h, i, n, acc / total[:, None], D)
+        _store(OUT, so, b, h, i, n, acc / total[:, None], D)
         tl.store(LSE + tl.program_id(1) * n + i, top + tl.log2(total), mask=i < n)
 
     @triton.jit
@@ -712,3 +716,87 @@ def load(path):
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} is not a prior: {' '.join(str(error).split())[:200]}")
     return model.eval()
+
+
+def seconds(work, device, repeat=3):
+    """The shortest time of one call of work()."""
+    times = []
+    for _ in range(repeat + 1):  # the first call warms up
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def walk_through():
+    """Every step on a tiny example, and parameter counts against Parti's Table 1."""
+    config = replace(PRESETS["tiny"], text_vocab=300, codes=1_024)
+    model = Parti(config).eval()
+    text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, config.tokens))
+    memory, lengths = model.encoder(text)
+    print(f"text                     {tuple(text.shape)}\nencoded text             "
+          f"{tuple(memory.shape)}\nimage tokens             {tuple(tokens.shape)}\nlogits"
+          f"                   {tuple(model(text, tokens).shape)}\nsampled, guidance 1.2    "
+          f"{tuple(model.generate(text, 1.2).shape)}")
+    print("\nParameters of the blocks, and in all (Parti Table 1)")
+    for name in ("350m", "750m", "3b", "20b"):
+        with torch.device("meta"):
+            named = dict(Parti(PRESETS[name]).named_parameters())
+        blocks = sum(p.numel() for n, p in named.items() if "blocks" in n and p.ndim == 2)
+        print(f"{name:8}{blocks:16,}{sum(p.numel() for p in named.values()):16,}")
+
+
+def benchmark(device):
+    """Attention, a training step and sampling on this machine, against what the machine can do."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    how = {"device": device, "dtype": dtype}
+    a = torch.randn(2_048, 2_048, **how)
+    rate = 2 * 2_048**3 / seconds(lambda: a @ a, device)
+    print(f"\n{device}, {torch.get_num_threads()} threads, {dtype}: "
+          f"matmul {rate / 1e9:,.0f} GFLOP/s")  # fmt: skip
+
+    print("attention, ms, (B, H, N, d) = (2, 8, N, 64)   forward   forward + backward")
+    for n, grid in ((256, 16), (1_024, 32)):
+        q, k, v = (torch.randn(2, 8, n, 64, **how, requires_grad=True) for _ in range(3))
+        for name, rule in (("dense", {}), ("causal", {"causal": True}),
+                           ("sparse", {"causal": True, "kernel": 11, "grid": grid})):  # fmt: skip
+            with torch.no_grad():
+                forward = seconds(lambda: attention(q, k, v, **rule), device)
+            both = seconds(lambda: attention(q, k, v, **rule).sum().backward(), device)
+            print(f"  N {n:5}  {name:8}{forward * 1e3:35.2f}{both * 1e3:21.2f}")
+
+    config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
+                         encoder_layers=8, decoder_layers=8, dropout=0.0)  # fmt: skip
+    model = Parti(config).to(device)
+    text = torch.randint(4, 1_000, (8, 64), device=device)
+    tokens = torch.randint(8_192, (8, 256), device=device)
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = model(text, tokens)
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+
+    time_of = seconds(step, device, repeat=2)
+    weights = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
+    sides = [sum(n for name, n in weights.items() if ("encoder" in name) == side and "embed" not in
+                 name and ".cross.kv" not in name) for side in (True, False)]  # fmt: skip
+    keys = sum(n for name, n in weights.items() if ".cross.kv" in name)
+    flops = 6 * 8 * (64 * (sides[0] + keys) + 256 * sides[1])
+    print(f"training step of 8 x (64 text + 256 image tokens), width 512, 8 + 8 layers: "
+          f"{8 * 256 / time_of:,.0f} tokens/s, {flops / time_of / rate:.0%} of the matmul rate")
+    model.eval()
+    for batch in (1, 16):
+        start = time.perf_counter()
+        model.generate(text[:1].expand(batch, -1), guidance=1.2)
+        spent = time.perf_counter() - start
+        print(f"sampling with guidance, batch {batch}: {256 * batch / spent:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    walk_through()
+    benchmark("cuda" if torch.cuda.is_available() else "cpu")

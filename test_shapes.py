@@ -37,12 +37,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import data
-import prior
-import train_prior
-import vqgan
-from prior import DualEncoder, Parti, PriorConfig
-from vqgan import VQGAN, Discriminator, Perceptual, Upsampler
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels run without a GPU; before prior is imported
+
+import data  # noqa: E402
+import prior  # noqa: E402
+import sample  # noqa: E402
+import train_prior  # noqa: E402
+import vqgan  # noqa: E402
+from prior import DualEncoder, Parti, PriorConfig  # noqa: E402
+from vqgan import VQGAN, Discriminator, Perceptual, Upsampler  # noqa: E402
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
@@ -1878,6 +1881,151 @@ def test_walk_through_runs(capsys):
     assert "28,864,129" in capsys.readouterr().out
 
 
+# --- attention: the kernels (in Triton's interpreter) and the path of torch, against float64 --------
+
+
+def plain_attention(q, k, v, lengths, causal, kernel, grid):
+    """Plain float64 attention; the mask is built from the set of offsets, not from `allowed`."""
+    q, k, v = q.double(), k.double(), v.double()
+    n, m = q.shape[2], k.shape[2]
+    difference = torch.arange(n)[:, None] - torch.arange(m)
+    see = torch.ones(n, m, dtype=torch.bool)
+    if causal:
+        see = difference >= 0
+    if kernel:
+        half = kernel // 2
+        offsets = {grid * r - c for r in range(half + 1) for c in range(-half, half + 1)}
+        see = torch.isin(difference, torch.tensor([o for o in offsets if o >= 0]))
+    see = see.expand(len(q), 1, n, m)
+    if lengths is not None:
+        see = see & (torch.arange(m) < lengths.view(-1, 1, 1, 1))
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~see, -1e300)
+    return (scores.softmax(-1) * see) @ v
+
+
+CASES = [  # Nq, Nk, d, causal, kernel, grid, padded, dtype
+    (37, 37, 32, True, 0, 0, False, torch.float32),
+    (33, 50, 64, False, 0, 0, True, torch.float32),
+    (70, 41, 32, True, 0, 0, True, torch.float32),
+    (50, 70, 128, False, 0, 0, False, torch.float32),
+    (16, 16, 32, True, 3, 4, False, torch.float32),
+    (150, 150, 32, True, 11, 8, False, torch.float32),
+    (129, 129, 64, True, 5, 16, True, torch.float32),
+    (65, 65, 64, True, 3, 7, False, torch.float16),
+    (67, 130, 64, False, 0, 0, True, torch.bfloat16),
+    (1, 1, 128, True, 0, 0, False, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_and_its_three_gradients(case, fused):
+    n, m, d, causal, kernel, grid, padded, dtype = case
+    B, H = (3, 1) if padded else (1, 2)
+
+    def draw(rows):
+        return torch.randn(B, rows, H, d).transpose(1, 2).to(dtype)
+
+    q, k, v = (draw(rows).requires_grad_() for rows in (n, m, m))
+    lengths = torch.tensor([m, torch.randint(1, m, ()), 0]) if padded else None
+    out = prior.attention(q, k, v, causal, kernel, grid, lengths, fused=fused)
+    truth = plain_attention(q, k, v, lengths, causal, kernel, grid)
+    weight = draw(n)
+    got = (out, *torch.autograd.grad(out, (q, k, v), weight))
+    want = (truth, *torch.autograd.grad(truth, (q, k, v), weight.double()))
+    limit = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for name, x, y in zip(("output", "dq", "dk", "dv"), got, want):
+        assert x.isfinite().all(), f"{name} is not finite"
+        error = (x.double() - y).abs().max() / y.abs().max().clamp(min=1e-3)
+        assert error < limit, f"{name} is off by {error:.1e}"
+    if padded:
+        assert out[2].eq(0).all(), "a row with nothing to attend to must give zeros"
+
+
+@pytest.mark.parametrize(
+    "n, kernel, grid", [(64, 11, 8), (100, 3, 16), (256, 11, 16), (700, 11, 32)]
+)
+def test_block_local_equals_dense(n, kernel, grid):
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = prior.attention(q, k, v, kernel=kernel, grid=grid)
+    dense = prior.attention(q, k, v, kernel=kernel, grid=grid, lengths=torch.tensor([n, n]))
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(out, dense)
+    for x, y in zip(*(torch.autograd.grad(o, (q, k, v), weight) for o in (out, dense))):
+        torch.testing.assert_close(x, y)
+
+
+def test_f79_f80_anchors_of_the_conv_shaped_mask():
+    assert prior.conv_offsets(3, 4) == [0, 1, 3, 4, 5]
+    offsets = prior.conv_offsets(11, 32)
+    assert len(offsets) == 61 and offsets[-1] == 165
+    i = torch.arange(1024)
+    seen = prior.allowed(i[:, None], i, 1024, True, 11, 32).sum(1)
+    assert seen.sum() == 57169 and (seen == 61).sum() == 859
+    assert [int(seen[r]) for r in (0, 1, 32)] == [1, 2, 12]
+
+
+@pytest.mark.parametrize(
+    "n, kernel, grid, own, step",
+    [
+        (1024, 11, 32, 64, 64),
+        (1024, 11, 32, 64, 32),
+        (4096, 11, 64, 64, 64),
+        (300, 3, 16, 32, 32),
+        (200, 11, 8, 32, 32),
+    ],
+)
+def test_tiles_without_an_allowed_pair_are_skipped(n, kernel, grid, own, step):
+    i = torch.arange(n)
+    see = prior.allowed(i[:, None], i, n, True, kernel, grid)
+    reach = (grid + 1) * (kernel // 2)
+    for pairs, behind, ahead in ((see, reach, 0), (see.T, 0, reach)):  # forward and dq, dk and dv
+        visited = needed = 0
+        for start in range(0, n, own):
+            first, last = prior.tile_range(start, own, step, n, behind, ahead)
+            for tile in range(0, n, step):
+                wanted = bool(pairs[start : start + own, tile : tile + step].any())
+                walked = tile in range(first, last, step)
+                assert walked or not wanted, "a tile with an allowed pair is skipped"
+                visited, needed = visited + walked, needed + wanted
+        assert visited == needed, "a tile without an allowed pair is walked"
+    if n == 1024:
+        assert visited * own * step < 0.45 * n * (n + own) / 2, "the sparse mask saves no work"
+
+
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_ring_of_positions_equals_the_whole(kernel):
+    n, grid = 40, 6
+    ring = 8 if kernel else n  # the largest offset of 3 x 3 on 6 columns is 7
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=torch.float64) for _ in range(3))
+    whole = prior.attention(q, k, v, True, kernel, grid)
+    keys, values = torch.zeros(2, 2, 2, ring, 16, dtype=torch.float64)
+    positions = torch.full((ring,), -1)
+    for p in range(n):
+        keys[:, :, p % ring], values[:, :, p % ring] = k[:, :, p], v[:, :, p]
+        positions[p % ring] = p
+        one = prior.attention(
+            q[:, :, p : p + 1],
+            keys,
+            values,
+            True,
+            kernel,
+            grid,
+            query_positions=torch.tensor([p]),
+            key_positions=positions,
+        )
+        torch.testing.assert_close(one, whole[:, :, p : p + 1])
+
+
+def test_mask_made_while_sampling_serves_training():
+    q = torch.randn(1, 1, 20, 8, requires_grad=True)
+    with torch.inference_mode():
+        prior.attention(q, q, q, kernel=3, grid=5)
+    prior.attention(q, q, q, kernel=3, grid=5).sum().backward()
+    with pytest.raises(ValueError):
+        prior.attention(q, q, q, kernel=4, grid=5)
+
+
 # --- the prior -----------------------------------------------------------------------------------
 
 SMALL = PriorConfig(
@@ -2247,7 +2395,8 @@ def train(tokenizer_file, tmp_path):
     def run(name, *options, world=1, stage="prior", steps=6, kill=None):
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        argv = f"--out {out} --vqgan {tokenizer_file} --stage {stage} --steps {steps} --batch 8".split()
+        argv = f"--out {out} --vqgan {tokenizer_file} --stage {stage} --steps {steps}".split()
+        argv += "--batch 8".split()
         argv += (
             "--width 32 --heads 2 --mlp 64 --encoder-layers 1 --decoder-layers 2 --kernel 3".split()
         )
@@ -2393,3 +2542,383 @@ def test_f88_a_share_of_the_captions_is_dropped():
     captions = [stream[position][1] for position in range(1000)]
     assert 0.07 < captions.count("") / 1000 < 0.13
     assert "" not in [data.Stream(data.Scenes(size=8), 0)[position][1] for position in range(50)]
+
+
+# --- drawing and measuring ----------------------------------------------------------------------
+
+
+def trained_parts(out, size=64, width=32):
+    out = Path(out)
+    out.mkdir(exist_ok=True, parents=True)
+    torch.manual_seed(0)
+    vc = dataclasses.replace(
+        vqgan.PRESETS["tiny"], image_size=size, width=width, mlp=64, decoder_layers=1, codes=256
+    )
+    v = vqgan.VQGAN(vc)
+    torch.save(
+        {"config": dataclasses.asdict(vc), "model": v.state_dict(), "step": 1}, out / "vqgan.pt"
+    )
+    lc = dataclasses.replace(
+        vc, decoder_width=64, decoder_layers=1, decoder_heads=4, decoder_mlp=64
+    )
+    larger = vqgan.VQGAN(lc)
+    larger.encoder = v.encoder
+    larger.codebook = v.codebook
+    torch.save(
+        {"config": dataclasses.asdict(lc), "model": larger.state_dict(), "step": 1}, out / "decoder.pt"
+    )
+    words = data.train_tokens(data.Scenes("train").captions(2000), 16000)
+    t = data.Text(words, 32)
+    pc = dataclasses.replace(
+        prior.PRESETS["tiny"],
+        width=width,
+        mlp=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        text_vocab=t.vocab,
+        codes=256,
+        grid=size // 8,
+    )
+    p = prior.Parti(pc)
+    text = torch.tensor(list(words), dtype=torch.uint8)
+    base = {
+        "text": text,
+        "image_size": size,
+        "patch": 8,
+        "step": 1,
+        "config": dataclasses.asdict(pc),
+    }
+    torch.save(
+        {
+            **base,
+            "model": p.state_dict(),
+            "vqgan": "",
+            "sampling": dict(guidance=1.3, temperature=0.8, top_k=0, top_p=0.95),
+        },
+        out / "prior.pt",
+    )
+    torch.save({**base, "model": prior.DualEncoder(pc, size, 8).state_dict()}, out / "text.pt")
+    c = dict(scale=2, width=8, blocks=1)
+    torch.save(
+        {"config": c, "model": vqgan.Upsampler(**c).state_dict(), "step": 1}, out / "upsampler.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    trained_parts(folder, 32)
+    return folder
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", "--device", "cpu", "--dtype", "float32", *map(str, words)]
+    )
+    sample.main()
+
+
+def spd(d, seed):
+    a = torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return a @ a.T / d
+
+
+def test_frechet_equal():
+    s = spd(20, 0)
+    mu = torch.randn(20)
+    assert abs(sample.frechet(mu, s, mu, s)) < 1e-9
+    x = torch.randn(5, 20)
+    m = sample.moments([x])  # rank-deficient
+    assert abs(sample.frechet(*m, *m)) < 1e-5
+
+
+def test_frechet_shift():
+    s = spd(20, 0)
+    mu = torch.randn(20).double()
+    assert sample.frechet(mu, s, mu + 0.5, s) == pytest.approx(20 * 0.25, abs=1e-9)
+
+
+def test_frechet_commuting():
+    q = torch.linalg.eigh(spd(12, 1))[1]
+    a, b = torch.rand(12).double() * 5, torch.rand(12).double()
+    s1, s2 = q * a @ q.T, q * b @ q.T
+    zero = torch.zeros(12)
+    assert sample.frechet(zero, s1, zero, s2) == pytest.approx(
+        ((a.sqrt() - b.sqrt()) ** 2).sum().item(), abs=1e-9
+    )
+
+
+def test_frechet_general_and_float64():
+    s1, s2 = spd(15, 2), spd(15, 3)
+    zero = torch.zeros(15)
+    want = (
+        s1.trace() + s2.trace() - 2 * torch.linalg.eigvals(s1 @ s2).real.clamp(min=0).sqrt().sum()
+    )
+    assert sample.frechet(zero, s1, zero, s2) == pytest.approx(want.item(), abs=1e-8)
+    assert sample.moments([torch.randn(4, 3), torch.randn(2, 3)])[1].dtype == torch.float64
+
+
+def test_moments():
+    x = torch.randn(50, 4)
+    mu, s = sample.moments([x[:20], x[20:]])
+    assert np.allclose(mu, x.double().mean(0)) and np.allclose(s, np.cov(x.double().numpy().T))
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (95, 100, 0.8882, 0.9785),
+    ],
+)
+def test_wilson(right, n, low, high):
+    assert sample.wilson(right, n) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_best():
+    pictures = torch.arange(12).view(2, 6)
+    got, score = sample.best(
+        pictures, torch.tensor([[0, 3, 1, 2, 9, 0.0], [0, 0, 0, 0, 0, 0.0]]), 3
+    )
+    assert got.tolist() == [[4, 1, 3], [6, 7, 8]] and score[0].tolist() == [9, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["../../etc/passwd", 'a "b" <c>|?*:\\', "漢字", "", "CON", "x" * 5000, ".hidden", "a\nb\0c"],
+)
+def test_slug(text):
+    name = sample.slug(text)
+    assert len(name) <= 60 and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+TSV = (
+    '\ufeffPrompt\tCategory\tChallenge\tNote\r\n"a quote" unclosed " here\tArts\tBasic\tn\r\n'
+    "Füße und 漢字\tFood & Beverage\tWriting & Symbols\t\r\n"
+    + "word " * 67
+    + "\tArts\tComplex\tx\r\n"
+)
+
+
+def test_read_prompts(tmp_path):
+    (tmp_path / "p.tsv").write_text(TSV, encoding="utf-8", newline="")
+    rows = sample.read_prompts(tmp_path / "p.tsv")
+    assert [r["Category"] for r in rows] == ["Arts", "Food & Beverage", "Arts"]
+    assert rows[0]["Prompt"] == '"a quote" unclosed " here' and rows[1]["Prompt"] == "Füße und 漢字"
+    (tmp_path / "p.txt").write_text('one "x\n\n two\n', encoding="utf-8")
+    assert [r["Prompt"] for r in sample.read_prompts(tmp_path / "p.txt")] == ['one "x', " two"]
+    (tmp_path / "e").write_text("\n")
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
+    for name in ("e", "b", "missing"):
+        with pytest.raises(SystemExit, match="--prompts"):
+            sample.read_prompts(tmp_path / name)
+
+
+def test_missing(monkeypatch, tmp_path, out):
+    with pytest.raises(SystemExit, match="python train_vqgan.py && python train_prior.py"):
+        call(monkeypatch, "a", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="python train_vqgan.py"):
+        call(monkeypatch, "--evaluate", "--out", tmp_path)
+    for name in ("vqgan", "prior"):
+        os.link(out / f"{name}.pt", tmp_path / f"{name}.pt")
+    with pytest.raises(SystemExit, match="train_prior.py --stage text"):
+        call(monkeypatch, "a", "--out", tmp_path, "--rerank", 2)
+    with pytest.raises(SystemExit, match="train_vqgan.py --stage upsampler"):
+        call(monkeypatch, "a", "--out", tmp_path, "--upsample")
+    with pytest.raises(SystemExit, match="no prompt"):
+        call(monkeypatch, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="--guidence"):
+        call(monkeypatch, "a", "--guidence", 3)
+    with pytest.raises(SystemExit, match="at least 0"):
+        call(monkeypatch, "a", "--temperature", "-2")
+    trained_parts(tmp_path / "other", 64)
+    with pytest.raises(SystemExit, match="--vqgan"):
+        call(monkeypatch, "a", "--out", tmp_path, "--vqgan", tmp_path / "other" / "vqgan.pt")
+
+
+def test_draw(monkeypatch, out, capsys):
+    odd = ["a red circle", "", "x" * 10_000, "Füße 漢字 \udcff", "line\nbreak"]
+    call(
+        monkeypatch,
+        "--n",
+        2,
+        odd[0],
+        "--upsample",
+        *odd[1:],
+        "--out",
+        out,
+        "--temperature",
+        0,
+        "--rerank",
+        3,
+    )
+    assert str(out / "samples.png") in capsys.readouterr().out
+    assert Image.open(out / "samples.png").width == 2 * 132
+
+
+def test_seed_and_stored_sampling(out):
+    options = sample.Options(out=str(out), device="cpu", dtype="float32")
+    with torch.no_grad():
+        a, b = (sample.Painter(options).draw(["a red circle"], 3)[0] for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (1, 3, 3, 32, 32)
+    painter = sample.Painter(sample.Options(out=str(out), device="cpu", guidance=0.0, top_k=7))
+    assert painter.sampling == dict(guidance=0.0, temperature=0.8, top_k=7, top_p=0.95)
+    assert painter.decoder is not painter.vqgan
+
+
+def test_prompts_file_resumes(monkeypatch, out, tmp_path):
+    (tmp_path / "p.tsv").write_text(TSV, encoding="utf-8", newline="")
+    monkeypatch.setattr(sample, "BATCH", 2)
+
+    def run(*more):
+        call(monkeypatch, "--prompts", tmp_path / "p.tsv", "--n", 2, "--out", out, *more)
+
+    run()
+    folder = out / "prompts"
+    pictures = sorted(folder.glob("0*.png"))
+    assert len(pictures) == 6 and Image.open(pictures[0]).size == (32, 32)
+    names = {p.name for p in folder.glob("c*.png")}
+    assert names == {
+        "category-arts.png",
+        "category-food-beverage.png",
+        "challenge-basic.png",
+        "challenge-writing-symbols.png",
+        "challenge-complex.png",
+    }
+    before = {p: p.read_bytes() for p in pictures}
+    for p in pictures[3:]:
+        p.unlink()
+    run()
+    assert before == {p: p.read_bytes() for p in sorted(folder.glob("0*.png"))}, (
+        "resume drew other pictures"
+    )
+    run("--guidance", 3)
+    assert len(list(folder.glob("0*.png"))) == 12 and not list(folder.glob("*.tmp"))
+
+
+class Net(torch.nn.Module):
+    def forward(self, x, return_features: bool = False):
+        return x.float().mean((2, 3)) if return_features else x.float()
+
+
+def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
+    torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
+    monkeypatch.setattr(sample, "SWEEP", (1.0, 2.0))
+    monkeypatch.setattr(sample, "open_data", lambda *a: data.Scenes(a[-2], 32, a[-1]))
+    monkeypatch.setattr(sample, "check", lambda picture, caption: "circle" in caption)
+    call(
+        monkeypatch,
+        "--evaluate",
+        "--limit",
+        10,
+        "--out",
+        out,
+        "--inception",
+        tmp_path / "inception.pt",
+    )
+    rows = list(csv.DictReader(open(out / "evaluate.csv", encoding="utf-8")))
+    at = {(r["split"], r["guidance"], r["candidates"], r["measure"]): r for r in rows}
+    assert {r["split"] for r in rows} == {
+        p + s for p in ("", "sweep: ") for s in ("seen", "combination", "pair")
+    }
+    for split in ("seen", "combination", "pair"):
+        assert at[split, "1.3", "1", "right: all"]["n"] == "10"
+        for name in (
+            "rFID",
+            "FID",
+            "tokenizer: PSNR, dB",
+            "tokenizer: MSE",
+            "tokenizer: codebook perplexity",
+            "prior: cross-entropy, nats per token",
+            "reconstruction right: all",
+        ):
+            assert (split, "", "", name) in at, name
+    assert ("sweep: pair", "2.0", "8", "right: all") in at and (
+        "sweep: pair",
+        "2.0",
+        "1",
+        "right: all",
+    ) in at
+    first = at["combination", "1.3", "1", "right: all"]
+    k = round(float(first["value"]) * 10)
+    assert [float(first["low"]), float(first["high"])] == pytest.approx(sample.wilson(k, 10))
+    assert (
+        abs(
+            float(at["seen", "", "", "prior: cross-entropy, nats per token"]["value"]) - np.log(256)
+        )
+        < 1e-3
+    )
+    shown = capsys.readouterr()
+    assert "degenerate below 2,048" in shown.out + shown.err and "sweep: pair" in shown.out
+    assert len(list(out.glob("fid-*.pt"))) == 3
+
+
+def test_evaluate_data_and_reference_cache(monkeypatch, out, tmp_path):
+    torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
+    folder = tmp_path / "pics" / "frog"
+    folder.mkdir(parents=True)
+    held = [i for i in range(2000) if zlib.crc32(f"frog/{i}.png".encode()) % 50 == 0][:7]
+    for i in held + [i for i in range(9) if i not in held]:
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (20, 25, 3), dtype=np.uint8)
+        ).save(folder / f"{i}.png")
+    options = sample.Options(out=str(tmp_path), inception=str(tmp_path / "inception.pt"))
+    inception = sample.load_inception(options.inception, torch.device("cpu"))
+    dataset = data.open_data(str(tmp_path / "pics"), "", 32, data.prior_crop, "held-out")
+    mu, s = sample.reference(inception, dataset, 99, options)
+    real = [inception(x) for x, _ in sample.held_out(dataset, 99, 0, "")]
+    assert sum(map(len, real)) == len(dataset) == 7 and torch.allclose(mu, sample.moments(real)[0])
+
+    def fail(images):
+        raise AssertionError("the cached statistics were not used")
+
+    assert torch.equal(sample.reference(fail, dataset, 99, options)[1], s)
+    with pytest.raises(AssertionError):  # other pixels, other statistics
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "pics" / dataset.names[0])
+        sample.reference(fail, dataset, 99, options)
+    call(
+        monkeypatch,
+        "--evaluate",
+        "--data",
+        tmp_path / "pics",
+        "--out",
+        out,
+        "--inception",
+        tmp_path / "inception.pt",
+    )
+    rows = list(csv.DictReader(open(out / "evaluate.csv", encoding="utf-8")))
+    assert {r["split"] for r in rows} == {"held-out"} and {"FID", "rFID", "text-image cosine"} <= {
+        r["measure"] for r in rows
+    }
+    with pytest.raises(SystemExit, match="--inception"):
+        call(monkeypatch, "--evaluate", "--out", out, "--inception", folder / "1.png")
+
+
+def test_held_out_count():
+    dataset = data.Scenes("seen", 16, 0)
+    assert sum(len(c) for _, c in sample.held_out(dataset, 130, 0, "")) == 130
+
+
+def test_evaluate_stopped(monkeypatch, out, capsys):
+    real, calls = sample.held_out, []
+
+    def stop(*a):
+        calls.append(a)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        yield from real(*a)
+
+    monkeypatch.setattr(sample, "held_out", stop)
+    monkeypatch.setattr(sample, "open_data", lambda *a: data.Scenes(a[-2], 32, a[-1]))
+    call(monkeypatch, "--evaluate", "--limit", 4, "--out", out)
+    shown = capsys.readouterr().out
+    assert "stopped" in shown and "right: all" in shown and "pair" not in shown
+
+
+def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
+    os.link(out / "vqgan.pt", tmp_path / "vqgan.pt")
+    call(monkeypatch, "--evaluate", "--limit", 4, "--out", tmp_path)
+    shown = capsys.readouterr().out
+    assert "PSNR" in shown and "cross-entropy" not in shown

@@ -143,13 +143,15 @@ def gradients_of_all(network, last):
 
 
 @torch.no_grad()
-def evaluate(model, loss_of, data, text, recipe):
+def evaluate(model, loss_of, data, text, recipe, run):
     """Mean loss over the first pictures of the held-out split, without dropout."""
     model.eval()
-    parts = batches(data, recipe.batch, recipe.seed, 0, max(1, 256 // recipe.batch), text=text)
-    losses = [loss_of(images, texts, 0, slice(None)).item() for images, texts in parts]
+    rows = slice(*(recipe.batch // run.world * rank for rank in (run.rank, run.rank + 1)))
+    parts = batches(data, recipe.batch, recipe.seed, 0, max(1, 256 // recipe.batch), run.rank,
+                    run.world, text=text)
+    losses = [loss_of(images, texts, 0, rows) for images, texts in parts]
     model.train()
-    return sum(losses) / len(losses)
+    return run.mean(torch.stack(losses).mean())
 
 
 def draw_samples(model, tokenizer, data, text, recipe, out, device):
@@ -216,12 +218,13 @@ def main():
             # Drawn for the global batch, so that the number of processes makes no difference.
             seed = torch.Generator().manual_seed(1_000_003 * recipe.seed + step)
             draws = torch.rand(3, recipe.batch, config.text_length, generator=seed)
-            return text_loss(network, images, texts, config.text_vocab, draws[:, rows].to(run.device))
+            draws = draws[:, rows].to(run.device)
+            return text_loss(network, images, texts, config.text_vocab, draws)
 
     share = recipe.batch // run.world
     if share % recipe.accumulate:
-        raise SystemExit(f"--accumulate {recipe.accumulate} does not divide the {share} pictures of "
-                         f"a process")
+        raise SystemExit(f"--accumulate {recipe.accumulate} does not divide the {share} pictures "
+                         "of a process")
     part = share // recipe.accumulate
     start = state["step"] if state else 0
     loader = batches(data, recipe.batch, recipe.seed, start, recipe.steps, run.rank, run.world,
@@ -235,7 +238,8 @@ def main():
         for first in range(0, share, part):
             rows = slice(run.rank * share + first, run.rank * share + first + part)
             with gradients_of_all(network, first + part == share):
-                piece = loss_of(images[first : first + part], texts[first : first + part], step, rows)
+                near = slice(first, first + part)
+                piece = loss_of(images[near], texts[near], step, rows)
                 (piece / recipe.accumulate).backward()
             loss = loss + piece.detach() / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -253,7 +257,7 @@ def main():
             row = {"loss": run.mean(loss), "held_out": None, "grad_norm": norm.item(),
                    "lr": rate(step, recipe), "skipped": run.skipped, "seconds": round(seconds, 1)}
             if step % recipe.save_every == 0 or last:
-                row["held_out"] = evaluate(model, loss_of, held_out, text, recipe)
+                row["held_out"] = evaluate(model, loss_of, held_out, text, recipe, run)
                 if options.stage == "prior" and run.main and not options.fsdp:
                     draw_samples(model, tokenizer, held_out, text, recipe, options.out, run.device)
                 weights, moments = get_state_dict(model, optimizer, options=whole)
@@ -269,7 +273,7 @@ def main():
         if stop:
             break
     run.finish()
-    say(f"{run.path} is at step {step}; next: python sample.py \"a red circle above a blue square\"")
+    say(f"{run.path} is at step {step}; next: python sample.py \"a red circle\"")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 Each also writes a log (.csv) and originals above reconstructions (.png) under the same name. The
 same command again continues. decoder.pt is a whole tokenizer with the token ids of vqgan.pt.
 """
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,17 +138,33 @@ def discriminator_step(critic, images, fakes, recipe, penalise):
     return loss, {"real": real.mean(), "fake": fake.mean()}
 
 
-def distinct_patches(images, patch):
+def distinct_patches(images, config):
     """Pictures (B, 3, H, W) -> their patches without repetitions (M, 3 * p * p): background, which
-    is most of a scene, counts once."""
-    return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2).flatten(0, 1).unique(dim=0)
+    is most of a scene, counts once. The first are repeated to make M a multiple of N."""
+    patches = F.pixel_unshuffle(images, config.patch).flatten(2).transpose(1, 2)
+    patches = patches.flatten(0, 1).unique(dim=0)
+    count = math.ceil(len(patches) / config.grid ** 2) * config.grid ** 2
+    return patches[torch.arange(count) % len(patches)]
 
 
-def mosaics(pool, n, config, generator):
-    """n pictures (n, 3, H, W) of patches drawn from pool (M, 3 * p * p)."""
-    drawn = torch.randint(len(pool), (n, config.grid ** 2), generator=generator)
-    patches = pool[drawn].transpose(1, 2).unflatten(2, (config.grid, config.grid))
-    return F.pixel_shuffle(patches, config.patch)
+def mosaics(patches, config):
+    """Patches (n * N, 3 * p * p) in reading order -> pictures (n, 3, H, W)."""
+    grid = patches.unflatten(0, (-1, config.grid, config.grid))            # (n, G, G, 3*p*p)
+    return F.pixel_shuffle(grid.permute(0, 3, 1, 2), config.patch)
+
+
+@torch.no_grad()
+def start_codebook(model, pool, generator, surroundings=8):
+    """K-means on one latent per patch of pool (M, 3 * p * p), its mean in several surroundings: what
+    is rare needs a code as much as what is common, and no patch needs two."""
+    config, device = model.config, model.codebook.device
+    z = 0
+    for _ in range(surroundings):
+        order = torch.randperm(len(pool), generator=generator)
+        parts = mosaics(pool[order], config).split(32)
+        latents = torch.cat([model.latents(part.to(device)) for part in parts]).flatten(0, 1)
+        z = z + latents[order.argsort()]                                   # (M, code_dim)
+    model.init_codebook(z.repeat(math.ceil(config.codes / len(z)), 1))
 
 
 @torch.no_grad()
@@ -206,18 +223,16 @@ def main():
     held, captions = held.to(run.device) / 255, [] if options.data else captions
     first = round(recipe.autoencoder * recipe.steps) if options.stage == "tokenizer" else 0
     if first:
-        pictures, _ = next(data.batches(train, 1024, options.seed, 0, 1))
-        pool = distinct_patches(pictures / 255, config.patch)
+        pictures, _ = next(data.batches(train, 4096, options.seed, 0, 1))
+        pool = distinct_patches(pictures, config) / 255
     autocast = torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16)
     bar = tqdm(range(start, recipe.steps), options.stage, initial=start, total=recipe.steps,
                disable=not run.main)
-    begin, shown = time.perf_counter(), dict.fromkeys(("psnr", "usage", "perplexity", "right"))
+    begin, shown = time.perf_counter(), {}
     for step in bar:
         generator = torch.Generator().manual_seed(options.seed + 1_000_003 * step)
         if step == first > 0:
-            few = mosaics(pool, 8 * config.codes // config.grid ** 2 + 1, config, generator)
-            z = torch.cat([model.latents(part.to(run.device)) for part in few.split(32)])
-            model.init_codebook(z)
+            start_codebook(model, pool, generator)
         if options.stage == "tokenizer":
             how["quantise"] = step >= first
         rate = data.rate(step + 1, recipe) * (recipe.quantised_rate if step >= first else 1)
@@ -227,9 +242,12 @@ def main():
         # Gradients of both networks, in parts; processes exchange them with the last part.
         images = next(stream)[0] / 255
         if first:
-            share = recipe.mosaic if step >= first else 1
-            drawn = mosaics(pool, recipe.batch, config, generator).chunk(run.world)[run.rank]
-            images[:round(share * len(images))] = drawn[:round(share * len(images))]
+            share = recipe.mosaic if step >= first else 1.0
+            chosen = torch.arange(recipe.batch) < share * recipe.batch
+            drawn = (recipe.batch * config.grid ** 2,)
+            drawn = mosaics(pool[torch.randint(len(pool), drawn, generator=generator)], config)
+            chosen, drawn = (x.chunk(run.world)[run.rank] for x in (chosen, drawn))
+            images[chosen] = drawn[chosen]
         images = images.to(run.device)
         totals = {}
         for i, part in enumerate(images.chunk(recipe.accumulate)):
@@ -256,19 +274,21 @@ def main():
             optimizer.zero_grad()
 
         done = step + 1
+        save = done % recipe.save_every == 0 or done == recipe.steps
         if run.device.type == "cpu" and done == start + 20:
-            minutes = (time.perf_counter() - begin) / 20 * (recipe.steps - start) / 60
-            data.say(f"about {minutes:.1f} minutes on this CPU")
-        last = done == recipe.steps
-        if done % recipe.save_every == 0 or last:
-            if run.main:
-                shown = evaluate(model, held, captions, config.codes, run.path.with_suffix(".png"), **how)
-        if done % 10 == 0 or last:
+            seconds = (time.perf_counter() - begin) / 20 * recipe.steps
+            data.say(f"about {seconds / 60:.1f} minutes for {recipe.steps} steps on this CPU")
+        if done % 10 == 0 or save:
             row = {key: run.mean(value) for key, value in totals.items()}
-            row |= {"lr": rate, "norm": norms[0].item(), "skipped": run.skipped} | shown
-            run.log(done, row)
-            bar.set_postfix({key: f"{row[key]:.3g}" for key in ("l2", *shown) if row[key] is not None})
-        if done % recipe.save_every == 0 or last or stop:
+            row |= {"lr": rate, "norm": norms[0].item(), "skipped": run.skipped}
+            health = dict.fromkeys(("psnr", "usage", "perplexity", "right"))
+            if save and run.main:
+                picture = run.path.with_suffix(".png")
+                health = evaluate(model, held, captions, config.codes, picture, **how)
+                shown = {key: f"{value:.3g}" for key, value in health.items() if value is not None}
+            run.log(done, row | health)
+            bar.set_postfix({"l2": f"{row['l2']:.2g}"} | shown)
+        if save or stop:
             run.save({"config": sizes, "recipe": asdict(recipe), "step": done}
                      | {key: part.state_dict() for key, part in parts.items()})
         if stop:
