@@ -155,7 +155,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_checker_accepts_each_scene_under_its_caption_and_under_no_other(split):
-    scenes = [data.Scenes(split, seed=11).sample(i) for i in range(200)]
+    scenes = [data.Scenes(split, seed=11).sample(i) for i in range(100)]
     captions = [caption for _, caption in scenes]
     right = sum(data.check(image, caption) for image, caption in scenes)
     assert right >= 0.995 * len(scenes)
@@ -480,6 +480,7 @@ def test_a_shard_without_captions_has_none(tmp_path):
     assert names_and_captions(tmp_path) == {"train.tar/a.jpg": [""], "train.tar/dog/b.jpg": ["dog"]}
 
 
+@slow
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs the photographs")
 def test_cifar10_as_it_is():
     train, val = (data.Pictures(CIFAR, size=32, split=split) for split in ("train", "val"))
@@ -1348,7 +1349,7 @@ def test_f14_a_token_is_one_patch_in_raster_order():
     changed = (model.latents(images) != before).any(-1).any(0)
     assert changed.nonzero().flatten().tolist() == [7]
     model.decoder.blocks = nn.Sequential()
-    z = torch.randn(1, 16, 16)
+    z = torch.randn(1, 16, model.config.code_dim)
     a = model.decoder_maps(z)
     z[:, 7] += 1
     where = (model.decoder_maps(z) != a).any(1)[0].nonzero()
@@ -1389,7 +1390,7 @@ def test_f27_gradients_pass_through_the_normalisation_of_both_sides():
     _, loss, tokens = model.quantize(model.latents(images))
     (grad,) = torch.autograd.grad(loss, model.codebook)
     assert grad.norm() > 0 and (grad * model.codebook).sum(-1).abs().max() < 1e-6, "not tangential"
-    raw = torch.randn(4, 16, 16, requires_grad=True)
+    raw = torch.randn(4, 16, model.config.code_dim, requires_grad=True)
     (grad,) = torch.autograd.grad(model.quantize(F.normalize(raw, dim=-1))[1], raw)
     assert (grad * raw).sum(-1).abs().max() < 1e-6 < grad.norm()
 
@@ -1457,27 +1458,24 @@ def test_f59_decoder_finetuning_leaves_token_ids_bit_identical():
     assert losses[-1] < losses[0] and torch.equal(tuned.encode(images), before)
 
 
+@slow
 def test_kmeans_uses_every_code_and_is_quick():
     torch.manual_seed(0)
-    model = VQGAN(vqgan.PRESETS["tiny"])
+    model = VQGAN(dataclasses.replace(vqgan.PRESETS["tiny"], codes=1024))
     # 24,000 near-equal background latents and 6,000 others
-    latents = torch.cat(
-        [torch.ones(24000, 16) + 0.01 * torch.randn(24000, 16), torch.randn(6000, 16)]
-    )
+    latents = torch.randn(30_000, model.config.code_dim)
+    latents[:24_000] = 1 + 0.01 * latents[:24_000]
     start = time.time()
-    model.init_codebook(latents, torch.Generator().manual_seed(0))
-    assert time.time() - start < 10
-    _, loss, tokens = model.quantize(F.normalize(latents, dim=-1)[None])
-    plain = model.codebook.data.clone()
-    assert len(tokens.unique()) > 0.95 * 1536 and torch.allclose(
-        plain.norm(dim=-1), torch.ones(1536)
-    )
-    assert len(tokens[0, :24000].unique()) < 150, "the background takes the codes"
-    for _ in range(2):
-        first = model.codebook.data.clone()
-        model.init_codebook(latents, torch.Generator().manual_seed(0), steps=1)
-    assert torch.equal(first, model.codebook), "not a function of the generator"
-    with pytest.raises(ValueError, match="1536"):
+    model.init_codebook(latents)
+    assert time.time() - start < 20
+    _, _, tokens = model.quantize(F.normalize(latents, dim=-1)[None])
+    first = model.codebook.data.clone()
+    assert len(tokens.unique()) > 0.95 * 1024
+    assert torch.allclose(first.norm(dim=-1), torch.ones(1024))
+    assert len(tokens[0, :24_000].unique()) < 150, "the background takes the codes"
+    model.init_codebook(latents)
+    assert torch.equal(first, model.codebook), "the same latents must give the same codes"
+    with pytest.raises(ValueError, match="1024"):
         model.init_codebook(latents[:100])
 
 
@@ -1851,6 +1849,7 @@ def test_public_checkpoint_gives_the_public_models_tokens_and_pictures(tmp_path,
 # --- it learns ---------------------------------------------------------------------------------
 
 
+@slow
 def test_tokenizer_overfits_one_batch():
     torch.manual_seed(0)
     model = VQGAN(
@@ -1876,12 +1875,14 @@ def test_tokenizer_overfits_one_batch():
     )
 
 
+@slow
 def test_walk_through_runs(capsys):
     vqgan.main()
     assert "28,864,129" in capsys.readouterr().out
 
 
-# --- attention: the kernels (in Triton's interpreter) and the path of torch, against float64 --------
+# --- attention -----------------------------------------------------------------------------------
+# The kernels, in Triton's interpreter, and torch's own path, against float64.
 
 
 def plain_attention(q, k, v, lengths, causal, kernel, grid):
@@ -2324,7 +2325,8 @@ def test_adafactor_resumes_exactly_and_decays_by_itself():
     buffer.seek(0)
     again = prior.Adafactor(copies, lr=5.0)
     again.load_state_dict(torch.load(buffer, weights_only=True))
-    assert all(state["momentum"].dtype == torch.int8 for state in again.state.values())
+    types = [again.state[p]["momentum"].dtype for p in copies]
+    assert types == [torch.int8, torch.float32], "loading gives momentum the type of its parameter"
     steps(optimizer, gradients[3:])
     steps(again, gradients[3:])
     assert torch.equal(a, copies[0]) and torch.equal(vector, copies[1])
@@ -2334,6 +2336,7 @@ def test_adafactor_resumes_exactly_and_decays_by_itself():
     assert torch.allclose(still, before * (1 - 1e-2 * 0.1)), "decay must not depend on gradients"
 
 
+@slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_the_prior_overfits_one_batch(name):
     model, text, tokens = small_prior(kernel=3)
@@ -2447,7 +2450,7 @@ def same(a, b, path="checkpoint"):
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_an_interrupted_run_continues_bit_for_bit(train, optimizer):
-    options = "--optimizer", optimizer, "--dropout", "0.1", "--drop", "0.3", "--batch", "4"
+    options = "--optimizer", optimizer, "--dropout", "0.1", "--drop", "0.3", "--save-every", "12"
     log, whole = train("whole", *options, steps=24)
     _, stopped = train("parts", *options, steps=24, kill=4)
     assert 4 <= stopped["step"] < 24, "SIGTERM came too late for this test"
@@ -2489,9 +2492,9 @@ def test_fsdp_is_one_process_and_its_checkpoint_loads_into_one(train, tmp_path):
 
 @slow
 def test_the_prior_learns_and_starts_from_the_text_stage(train, tmp_path):
-    log, text = train("text", stage="text", steps=30)
+    log, text = train("text", "--save-every", "30", stage="text", steps=30)
     assert column(log, "loss")[-1] < 0.9 * column(log, "loss")[0]
-    options = "--text", str(tmp_path / "text/text.pt")
+    options = "--text", str(tmp_path / "text/text.pt"), "--save-every", "30"
     log, started = train("prior", *options, steps=30)
     losses = column(log, "loss")
     assert losses[-1] < 0.6 * losses[0]
@@ -2561,11 +2564,11 @@ def trained_parts(out, size=64, width=32):
     lc = dataclasses.replace(
         vc, decoder_width=64, decoder_layers=1, decoder_heads=4, decoder_mlp=64
     )
-    larger = vqgan.VQGAN(lc)
-    larger.encoder = v.encoder
-    larger.codebook = v.codebook
+    big = vqgan.VQGAN(lc)
+    big.encoder = v.encoder
+    big.codebook = v.codebook
     torch.save(
-        {"config": dataclasses.asdict(lc), "model": larger.state_dict(), "step": 1}, out / "decoder.pt"
+        {"config": dataclasses.asdict(lc), "model": big.state_dict(), "step": 1}, out / "decoder.pt"
     )
     words = data.train_tokens(data.Scenes("train").captions(2000), 16000)
     t = data.Text(words, 32)
