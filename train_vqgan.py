@@ -13,7 +13,7 @@ same command again continues. decoder.pt is a whole tokenizer with the token ids
 """
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ class Recipe:
     decay_from: int = 0
     final: float = field(default=0.5, metadata={"help": "last rate as a fraction of lr"})
     weight_decay: float = 1e-4
-    codebook: float = field(default=1.0, metadata={"help": "weight of this loss, 0: off; and so on"})
+    codebook: float = field(default=1.0, metadata={"help": "weight of this loss, 0: off"})
     l2: float = 1.0
     l1: float = 0.0                 # ours
     laplace: float = 0.1
@@ -88,7 +88,7 @@ def build(options, config, recipe):
     if options.stage == "tokenizer":
         return vqgan.VQGAN(config), asdict(config), None
     if config != vqgan.PRESETS[options.preset]:
-        raise SystemExit(f"--stage {options.stage} takes the tokenizer's sizes from its checkpoint: "
+        raise SystemExit(f"--stage {options.stage} takes the sizes from the tokenizer's file: "
                          "leave out the options that set them")
     tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
     if options.stage == "upsampler":
@@ -155,8 +155,8 @@ def mosaics(patches, config):
 
 @torch.no_grad()
 def start_codebook(model, pool, generator, surroundings=8):
-    """K-means on one latent per patch of pool (M, 3 * p * p), its mean in several surroundings: what
-    is rare needs a code as much as what is common, and no patch needs two."""
+    """K-means on one latent per patch of pool (M, 3 * p * p), its mean in several surroundings:
+    what is rare needs a code as much as what is common, and no patch needs two."""
     config, device = model.config, model.codebook.device
     z = 0
     for _ in range(surroundings):
@@ -169,8 +169,8 @@ def start_codebook(model, pool, generator, surroundings=8):
 
 @torch.no_grad()
 def evaluate(net, images, captions, codes, path, **how):
-    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes also
-    the share that still shows its caption. Draws originals above reconstructions."""
+    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes
+    also the share that still shows its caption. Draws originals above reconstructions."""
     results = [predict(net, part, **how) for part in images.split(32)]
     pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
     usage, perplexity = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
@@ -195,7 +195,9 @@ def main():
     size = config.image_size * (options.scale if tokenizer else 1)
     how = {"tokenizer": tokenizer.to(run.device)} if tokenizer else {}
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
-    lpips = vqgan.Perceptual(options.vgg, options.lpips).to(run.device) if recipe.perceptual else None
+    lpips = None
+    if recipe.perceptual:
+        lpips = vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     networks = [network.to(run.device) for network in (model, critic) if network]
     learned = [[p for p in network.parameters() if p.requires_grad] for network in networks]
     optimizers = [torch.optim.AdamW(parameters, recipe.lr, (0.9, 0.99), fused=True,
@@ -215,7 +217,7 @@ def main():
              f"{run.world} x {run.device}, {run.dtype}")
 
     # Data: a stream of training pictures from here on, and 256 fixed ones that are held out.
-    train, held = (data.open_data(options.data, size=size, seed=options.seed, crop=crop, split=split)
+    train, held = (data.open_data(options.data, "", size, crop, split, options.seed)
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
     stream = data.batches(train, recipe.batch, options.seed, start, recipe.steps, run.rank,
                           run.world, options.workers)
