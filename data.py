@@ -680,7 +680,7 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
     options: dataclass with defaults, holding at least `data` and `preset` if there are presets.
     presets, recipes: {name: dataclass} with "tiny" among the names; `large` names the preset
     that --data brings. What is given explicitly overrides the preset. A field's metadata may
-    hold "help". Raises SystemExit with one line.
+    hold "help" and "choices". Raises SystemExit with one line.
     """
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -688,8 +688,9 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
     fields = {field.name: (field, part) for part in parts for field in dataclasses.fields(part)}
     for name, (field, part) in fields.items():
         value = getattr(part, name)
-        is_bool = isinstance(value, bool)
-        how = {"action": argparse.BooleanOptionalAction} if is_bool else {"type": type(value)}
+        how = {"type": type(value), "choices": field.metadata.get("choices")}
+        if isinstance(value, bool):
+            how = {"action": argparse.BooleanOptionalAction}
         shown = f"(default {value})" if part is options else "(default: the preset's)"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
                             help=f"{field.metadata.get('help', '')} {shown}".strip())
