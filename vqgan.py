@@ -63,7 +63,7 @@ class VQGANConfig:
 
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
     "tiny": VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder_layers=2,
-                        codes=1024, code_scale=32 ** 0.5, logit_laplace=False),
+                        codes=1088, code_scale=32 ** 0.5, logit_laplace=False),
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
     "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120),
