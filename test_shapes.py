@@ -1881,6 +1881,91 @@ def test_walk_through_runs(capsys):
     assert "28,864,129" in capsys.readouterr().out
 
 
+# --- training stage 1 ----------------------------------------------------------------------------
+
+SMALL_STAGE1 = ["--width", "32", "--mlp", "64", "--codes", "64", "--batch", "4",
+                "--save-every", "4", "--device", "cpu", "--dtype", "float32"]
+GAN_STAGE1 = ["--adversarial", "0.1", "--channels", "128"]
+
+
+def train_stage1(out, *more, processes=1):
+    """train_vqgan.py as a user would start it."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*start, "train_vqgan.py", "--out", str(out), *more], cwd=HERE,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def saved_stage1(out, name="vqgan"):
+    return torch.load(Path(out, name + ".pt"), weights_only=True)
+
+
+def same_stage1(a, b, atol=0.0, where=""):
+    if isinstance(a, torch.Tensor):
+        gap = (a.double() - b.double()).abs().max()
+        assert gap <= atol, f"{where} differs by {gap}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same_stage1(a[key], b[key], atol, f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same_stage1(x, y, atol, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def whole_stage1(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    train_stage1(out, *SMALL_STAGE1, *GAN_STAGE1, "--steps", "12")
+    return out
+
+
+@slow
+def test_stage_1_resumed_is_uninterrupted_bit_for_bit(whole_stage1, tmp_path):
+    """Killed after a save in the autoencoder half, continued: weights, optimizers, log."""
+    process = subprocess.Popen(
+        [sys.executable, "train_vqgan.py", "--out", str(tmp_path), *SMALL_STAGE1, *GAN_STAGE1,
+         "--steps", "12"], cwd=HERE, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "vqgan.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = saved_stage1(tmp_path)["step"]
+    assert step < 12, "too late to interrupt"
+    train_stage1(tmp_path, *SMALL_STAGE1, *GAN_STAGE1, "--steps", "12")
+    same_stage1(saved_stage1(whole_stage1), saved_stage1(tmp_path))
+    assert (whole_stage1 / "vqgan.csv").read_text() == (tmp_path / "vqgan.csv").read_text()
+
+
+@slow
+def test_f59_decoder_stage_leaves_token_ids_alone(whole_stage1):
+    more = ["--steps", "4", "--batch", "2", "--device", "cpu"]
+    train_stage1(whole_stage1, "--stage", "decoder", *more)
+    before = vqgan.load(whole_stage1 / "vqgan.pt")
+    after = vqgan.load(whole_stage1 / "decoder.pt")
+    images = next(data.batches(data.Scenes(), 8, 0, 0, 1))[0] / 255
+    assert torch.equal(before.encode(images), after.encode(images))
+    assert after.config.sizes("decoder_") == (192, 4, 6, 768)
+    moved = saved_stage1(whole_stage1, "decoder")["model"]["decoder.project.bias"]
+    assert not torch.equal(moved, torch.full_like(moved, 0.5)), "the decoder did not train"
+
+
+@slow
+def test_stage_1_two_processes_equal_one(tmp_path):
+    """On the same global batch, without the discriminator: losses and weights, to rounding."""
+    more = [*SMALL_STAGE1, "--batch", "8", "--steps", "6", "--lr", "1e-4"]
+    train_stage1(tmp_path / "one", *more)
+    train_stage1(tmp_path / "two", *more, processes=2)
+    one, two = (list(csv.DictReader((tmp_path / x / "vqgan.csv").open())) for x in ("one", "two"))
+    assert [float(a["l2"]) for a in one] == pytest.approx([float(b["l2"]) for b in two], abs=1e-5)
+    one, two = (saved_stage1(tmp_path / x)["model"] for x in ("one", "two"))
+    same_stage1(one, two, 2e-4)
+
+
 # --- attention -----------------------------------------------------------------------------------
 # The kernels, in Triton's interpreter, and torch's own path, against float64.
 
