@@ -264,7 +264,9 @@ def main():
                 run.save({"config": asdict(config), "recipe": asdict(recipe), "step": step,
                           "model": weights, "optimizer": moments, "text": torch.tensor(list(words),
                           dtype=torch.uint8), "image_size": size, "patch": tokenizer.config.patch,
-                          "vqgan": str(options.vqgan), "sampling": {
+                          "vqgan": options.vqgan,
+                          "val": {"data": options.data, "captions": options.captions},
+                          "sampling": {
                               name: getattr(recipe, name) for name in
                               ("guidance", "temperature", "top_k", "top_p")}})
                 say(f"step {step}: held-out loss {row['held_out']:.4f}")
