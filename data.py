@@ -689,12 +689,15 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
     for name, (field, part) in fields.items():
         value = getattr(part, name)
         how = {"type": type(value), "choices": field.metadata.get("choices")}
+        option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        if isinstance(value, tuple):    # words, before, between and after the options
+            option, how = name, {"nargs": "*"}
         shown = f"(default {value})" if part is options else "(default: the preset's)"
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
+        parser.add_argument(option, default=argparse.SUPPRESS, **how,
                             help=f"{field.metadata.get('help', '')} {shown}".strip())
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))
     for name, value in given.items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number of at least 0")

@@ -9,12 +9,11 @@ decoder), text.pt (the reranker) and upsampler.pt. The prompt "" draws without a
 """
 import csv
 import hashlib
+import math
 import os
 import re
-import sys
-import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import prior
 import vqgan
 from data import (Scenes, Text, batches, check, kind, launch, open_data, parse, pick, prior_crop,
-                  read_checkpoint, save_grid, say)
+                  save_grid, say)
+from prior import DualEncoder, Parti, PriorConfig
 
 BATCH = 64   # pictures drawn at a time
 SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
@@ -34,6 +33,7 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 
 @dataclass(frozen=True)
 class Options:
+    words: tuple = field(default=(), metadata={"help": "prompts; quote them"})
     n: int = field(default=4, metadata={"help": "pictures per prompt"})
     guidance: float = field(default=-1.0, metadata={"help": "Parti Eq. 1; -1: the checkpoint's"})
     temperature: float = field(default=-1.0, metadata={"help": "0: always the likeliest code"})
@@ -57,57 +57,47 @@ class Options:
 # ---------------------------------------------------------------------------------------------
 # Drawing
 
-class Painter:
-    """The trained parts in options.out. Without prior.pt, --evaluate still measures the tokenizer
-    (.prior is None). .ranker is None unless asked for, or evaluated because it is there."""
+class Painter(torch.nn.Module):
+    """The trained parts in options.out; the only place that knows checkpoints. Without prior.pt,
+    --evaluate still measures the tokenizer (.prior is None). .ranker is None unless asked for, or
+    evaluated because it is there. SystemExit if a part is missing, damaged or does not fit."""
 
     def __init__(self, options):
-        self.options, out = options, Path(options.out)
+        super().__init__()
+        self.options, self.prior, self.ranker, self.upsampler = options, None, None, None
         self.device, dtype = pick(options.device, options.dtype)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        self.prior = self.ranker = self.upsampler = None
-        saved = {}
-        if not options.evaluate or (out / "prior.pt").exists():
-            path = self.find("prior.pt", "train_vqgan.py && python train_prior.py")
-            saved = read_checkpoint(path)
-            self.prior, self.text = prior.load(path).to(self.device), words(saved)
+        out, saved = Path(options.out), {}
+        there = {file.name for file in out.glob("*.pt")}
+        if not options.evaluate or "prior.pt" in there:
+            self.prior, saved = vqgan.restore(
+                out / "prior.pt", lambda saved: Parti(PriorConfig(**saved["config"])))
+            self.text = words(saved)
+        self.val, self.step = saved.get("val", {}), saved.get("step")
         self.sampling = dict(guidance=1.2, temperature=1.0, top_k=0, top_p=1.0)   # Parti's
         self.sampling |= saved.get("sampling", {})                                # the preset's
         self.sampling |= {k: v for k in self.sampling if (v := getattr(options, k)) >= 0}
         self.sampling["temperature"] = max(self.sampling["temperature"], 1e-4)
-        self.val = saved.get("val", {})
 
-        path = options.vqgan or saved.get("vqgan", "")
-        if not options.vqgan and not Path(path).is_file():   # out/ may have moved since
-            path = self.find("vqgan.pt", "train_vqgan.py")
-        self.vqgan = self.decoder = vqgan.load(path).to(self.device)
-        there, here = self.vqgan.config, (self.prior or self.vqgan).config
-        if (there.codes, there.grid) != (here.codes, here.grid):
-            raise SystemExit(f"{path} has {there.codes} codes, grid {there.grid}; the prior has "
-                             f"{here.codes}, {here.grid}: give its own tokenizer, --vqgan FILE")
-        if (out / "decoder.pt").exists():
-            larger = vqgan.load(out / "decoder.pt").to(self.device)
+        path = options.vqgan or saved.get("vqgan") or out / "vqgan.pt"
+        self.vqgan = self.decoder = vqgan.load(path)
+        has, needs = self.vqgan.config, (self.prior or self.vqgan).config
+        if (has.codes, has.grid) != (needs.codes, needs.grid):
+            raise SystemExit(f"{path} has {has.codes} codes, grid {has.grid}; the prior has "
+                             f"{needs.codes}, {needs.grid}: give its own tokenizer, --vqgan FILE")
+        if "decoder.pt" in there:
+            larger = vqgan.load(out / "decoder.pt")
             if torch.equal(larger.codebook, self.vqgan.codebook):   # else another tokenizer's
                 self.decoder = larger
-        if options.rerank or options.evaluate and (out / "text.pt").exists():
-            saved = read_checkpoint(self.find("text.pt", "train_prior.py --stage text"))
-            config, self.side = prior.PriorConfig(**saved["config"]), saved["image_size"]
-            ranker = prior.DualEncoder(config, self.side, saved["patch"])
-            ranker.load_state_dict(saved["model"])
-            self.ranker, self.ranker_text = ranker.to(self.device).eval(), words(saved)
+        if options.rerank or options.evaluate and "text.pt" in there:
+            self.ranker, saved = vqgan.restore(out / "text.pt", lambda saved: DualEncoder(
+                PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
+            self.side, self.ranker_text = saved["image_size"], words(saved)
         if options.upsample:
-            saved = read_checkpoint(self.find("upsampler.pt", "train_vqgan.py --stage upsampler"))
-            self.upsampler = vqgan.Upsampler(**saved["config"])
-            self.upsampler.load_state_dict(saved["model"])
-            self.upsampler.to(self.device)
-
-    def find(self, name, command):
-        """Path of a checkpoint; where it is missing, one line with the command that makes it."""
-        path = Path(self.options.out, name)
-        if not path.exists():
-            raise SystemExit(f"{path} does not exist; this makes it: python {command}")
-        return path
+            self.upsampler, _ = vqgan.restore(
+                out / "upsampler.pt", lambda saved: vqgan.Upsampler(**saved["config"]))
+        self.to(self.device)
 
     def draw(self, captions, candidates=1, **sampling):
         """B captions -> M candidates for each (B, M, 3, S, S) in [0, 1] and their scores (B, M):
@@ -118,21 +108,21 @@ class Painter:
             pictures = torch.cat([
                 self.decoder.decode(self.prior.generate(part.to(self.device), **how)).clamp(0, 1)
                 for part in text.split(BATCH)])                            # (B*M, 3, S, S)
-            scores = torch.zeros(len(text))
+            scores = torch.zeros(len(captions), candidates)
             if self.ranker:
                 small = F.interpolate(pictures, (self.side, self.side), mode="area")
+                images = self.ranker.embed_images(small).unflatten(0, scores.shape)  # (B, M, D)
                 text = self.ranker.embed_text(self.ranker_text(captions).to(self.device))
-                text = text.repeat_interleave(candidates, dim=0)           # (B*M, D)
-                scores = (text * self.ranker.embed_images(small)).sum(-1).cpu()
-        return pictures.cpu().unflatten(0, (-1, candidates)), scores.view(-1, candidates)
+                scores = (text[:, None] * images).sum(-1).cpu()
+        return pictures.cpu().unflatten(0, scores.shape), scores
 
     def paint(self, captions):
         """B captions -> n pictures for each (B, n, 3, S, S), reranked and enlarged as asked."""
-        n = max(1, self.options.n)
+        n = self.options.n
         pictures, _ = best(*self.draw(captions, max(n, self.options.rerank)), n)
         if self.upsampler:
-            parts = pictures.flatten(0, 1).split(8)
-            parts = [self.upsampler(part.to(self.device)).clamp(0, 1).cpu() for part in parts]
+            parts = pictures.flatten(0, 1).to(self.device).split(8)
+            parts = [self.upsampler(part).clamp(0, 1).cpu() for part in parts]
             pictures = torch.cat(parts).unflatten(0, (-1, n))
         return pictures
 
@@ -161,12 +151,13 @@ def read_prompts(path):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"--prompts {path}: {error}; expected a text file in UTF-8")
-    lines = [line.rstrip("\r") for line in lines if line.strip()]
-    if not lines:
+    lines = [line for line in lines if line.strip()]
+    rows = [{"Prompt": line, "Category": "all"} for line in lines]
+    if lines and lines[0].split("\t")[0] == "Prompt":
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if not rows:
         raise SystemExit(f"--prompts {path} holds no prompt")
-    if lines[0].split("\t")[0] != "Prompt":
-        return [{"Prompt": line} for line in lines]
-    return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return rows
 
 
 def slug(text):
@@ -180,26 +171,27 @@ def draw_file(painter, options):
     each group of prompts has random numbers of its own, so that a run that was stopped continues as
     if it had not been."""
     rows, sheets = read_prompts(options.prompts)[:options.limit or None], defaultdict(list)
-    settings = painter.sampling, options.n, options.rerank, options.upsample, options.seed
-    digest = f"{zlib.crc32(repr(settings).encode()):08x}"
+    settings = painter.step, painter.sampling, replace(options, prompts="", limit=0)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     folder = Path(options.out, "prompts")
     folder.mkdir(exist_ok=True)
     for i, row in enumerate(rows):
         stem = f"{i + 1:05d}-{slug(row['Prompt'])}-{digest}"
-        row["files"] = [folder / f"{stem}-{k + 1}.png" for k in range(max(1, options.n))]
-        for name in {f"{column} {row[column]}" if row.get(column) else "all"
-                     for column in ("Category", "Challenge")}:
-            sheets[slug(name)].append(row)
-    group = max(1, BATCH // max(1, options.n, options.rerank))
-    for start in tqdm(range(0, len(rows), group), "groups of prompts"):
-        part = rows[start:start + group]
-        if all(file.exists() for row in part for file in row["files"]):
+        row["files"] = [folder / f"{stem}-{k + 1}.png" for k in range(options.n)]
+        for column in ("Category", "Challenge"):
+            if row.get(column):
+                sheets[slug(f"{column} {row[column]}")].append(row)
+    size = max(1, BATCH // max(options.n, options.rerank))
+    for start in tqdm(range(0, len(rows), size), "groups of prompts"):
+        group = rows[start:start + size]
+        if all(file.exists() for row in group for file in row["files"]):
             continue
         painter.generator.manual_seed(options.seed + start)
-        for row, pictures in zip(part, painter.paint([row["Prompt"] for row in part])):
-            for file, picture in zip(row["files"], to_bytes(pictures).permute(0, 2, 3, 1)):
-                Image.fromarray(picture.numpy()).save(f"{file}.tmp", "PNG")
-                os.replace(f"{file}.tmp", file)    # a kill leaves no half picture
+        pictures = to_bytes(painter.paint([row["Prompt"] for row in group])).flatten(0, 1)
+        files = [file for row in group for file in row["files"]]
+        for file, picture in zip(files, pictures.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(picture).save(f"{file}.tmp", "PNG")
+            os.replace(f"{file}.tmp", file)    # a kill leaves no half picture
     for name, part in sheets.items():
         small = [[Image.open(file).resize((128, 128), Image.BOX) for file in row["files"]]
                  for row in part[:400]]
@@ -236,13 +228,13 @@ def moments(features):
 
 
 def load_inception(path, device):
-    """NVIDIA's TorchScript Inception -> function of uint8 pictures (b, 3, H, W), which it resizes
-    itself, that gives features (b, 2048) on the CPU. SystemExit if it cannot be loaded."""
+    """NVIDIA's TorchScript Inception -> function of pictures (b, 3, H, W) in [0, 1], which it
+    resizes itself, that gives features (b, 2048) on the CPU. SystemExit if it cannot be loaded."""
     try:
         net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f"--inception {path}: {str(error).splitlines()[0]}")
-    return lambda images: net(images.to(device), return_features=True).cpu()
+    return lambda images: net(to_bytes(images.to(device)), return_features=True).cpu()
 
 
 def reference(inception, dataset, n, options):
@@ -250,78 +242,74 @@ def reference(inception, dataset, n, options):
     of every pixel."""
     digest = hashlib.sha256(Path(options.inception).read_bytes())
     for images, _ in held_out(dataset, n, options.seed, "digest"):
-        digest.update(images.numpy().tobytes())
+        digest.update(images.numpy())
     path = Path(options.out, f"fid-{digest.hexdigest()[:16]}.pt")
     if not path.exists():
-        pictures = held_out(dataset, n, options.seed, "reference")
-        torch.save(moments([inception(images) for images, _ in pictures]), f"{path}.tmp")
+        real = held_out(dataset, n, options.seed, "reference")
+        torch.save(moments([inception(images / 255) for images, _ in real]), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    return torch.load(path, weights_only=True)
+    return vqgan.read(path)
 
 
 def held_out(dataset, n, seed, what):
     """-> uint8 pictures (b, 3, S, S) and captions: n samples, or all if there are fewer."""
     n = min(n, len(dataset))
-    size = min(BATCH, n)
-    steps = -(-n // size)
-    bar = tqdm(batches(dataset, size, seed, 0, steps), what, steps, leave=False)
-    for step, (images, captions) in enumerate(bar):
-        yield images[:n - step * size], captions[:n - step * size]
+    steps = math.ceil(n / BATCH)
+    stream = batches(dataset, min(BATCH, n), seed, 0, steps)
+    for images, captions in tqdm(stream, what, steps, leave=False):
+        yield images[:n], captions[:n]
+        n -= BATCH
 
 
-def note(tally, key, name, pictures, captions, dataset):
-    """Of built-in scenes, add to tally[*key, name and group] whether pictures show their captions:
-    for all of them and, but for the sweep, by kind and for those that name a background."""
-    for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
-        groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
-        right = bool(check(picture, caption))
-        for group in groups[:1] if key[0].startswith("sweep") else groups:
-            tally[*key, f"{name}: {group}"].append(right)
+def measure(painter, split, dataset, n, table, inception=None, **sampling):
+    """Add to table[split, guidance, candidates, measure] a value for each of n held-out samples.
 
-
-def note_drawn(painter, tally, split, captions, dataset, candidates, **sampling):
-    """Draw captions; add how good the first candidates are, and the best, which are returned."""
-    pictures, scores = painter.draw(captions, candidates, **sampling)
-    for m in sorted({1, candidates}):
-        chosen, score = best(pictures[:, :m], scores[:, :m], 1)
-        key = split, (painter.sampling | sampling)["guidance"], m
-        note(tally, key, "right", chosen[:, 0], captions, dataset)
-        if painter.ranker:
-            tally[*key, "text-image cosine"] += score[:, 0].tolist()
-    return chosen[:, 0]
-
-
-def measure(painter, split, dataset, n, tally, inception):
-    """Tokenizer, prior and drawn pictures on n held-out samples: adds to tally a value per picture,
-    yields rows (split, guidance, candidates, measure, n, value) of what is not a mean of such."""
-    options, key, codes, features = painter.options, (split, "", ""), [], defaultdict(list)
-    for images, captions in held_out(dataset, n, options.seed, split):
-        real = images.to(painter.device) / 255
-        tokens = painter.vqgan.encode(real)
-        made = {"rFID": painter.decoder.decode(tokens).clamp(0, 1)}
-        decibels = vqgan.psnr(real, made["rFID"])
-        codes.append(tokens.cpu())
-        tally[*key, "tokenizer: PSNR, dB"] += decibels.tolist()
-        tally[*key, "tokenizer: MSE"] += (10 ** (-decibels / 10)).tolist()
-        note(tally, key, "reconstruction right", made["rFID"], captions, dataset)
-        if painter.prior:
+    Without `sampling`, that overrides guidance, tokenizer and prior are measured as well. What all
+    pictures have in common, a FID for instance, is the value of each."""
+    options, codes, features = painter.options, [], defaultdict(list)
+    guidance = {**painter.sampling, **sampling}["guidance"]
+    candidates = options.rerank or (8 if painter.ranker and sampling else 1)
+    for images, captions in held_out(dataset, n, options.seed, f"{split}, guidance {guidance}"):
+        made = {}   # (guidance, candidates, what): pictures (b, 3, S, S)
+        if not sampling:
+            real = images.to(painter.device) / 255
+            tokens = painter.vqgan.encode(real)
+            codes.append(tokens.cpu())
+            copy = made["", "", "reconstruction "] = painter.decoder.decode(tokens).clamp(0, 1)
+            error = (real - copy).square().mean((1, 2, 3))
+            table[split, "", "", "tokenizer: MSE"] += error.tolist()
+            table[split, "", "", "tokenizer: PSNR, dB"] += vqgan.psnr(real, copy).tolist()
+        if painter.prior and not sampling:
             with painter.autocast:
                 logits = painter.prior(painter.text(captions).to(painter.device), tokens)
             loss = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-            tally[*key, "prior: cross-entropy, nats per token"] += loss.tolist()
-            made["FID"] = note_drawn(painter, tally, split, captions, dataset,
-                                     max(1, options.rerank))
-        for name in made if inception else ():
-            features[name].append(inception(to_bytes(made[name])))
-    usage = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
-    count = sum(map(len, codes))
-    yield *key, "tokenizer: codebook usage, 256 pictures", count, usage[0]
-    yield *key, "tokenizer: codebook perplexity", count, usage[1]
-    for name, parts in features.items() if count > 1 else ():
-        if count < 2048:
-            say(f"{name} of {count} pictures: degenerate below 2,048, do not compare it")
+            table[split, "", "", "prior: cross-entropy, nats per token"] += loss.tolist()
+        if painter.prior:
+            drawn = painter.draw(captions, candidates, **sampling)
+            for m in sorted({1, candidates}):
+                pictures, scores = best(*(x[:, :m] for x in drawn), 1)
+                made[guidance, m, ""] = pictures[:, 0]
+                if painter.ranker:
+                    table[split, guidance, m, "text-image cosine"] += scores[:, 0].tolist()
+        for (*how, what), pictures in made.items():
+            if inception:
+                features[*how, "rFID" if what else "FID"].append(inception(pictures))
+            for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
+                groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
+                right = bool(check(picture, caption))
+                for group in groups[:1] if sampling else groups:
+                    table[split, *how, f"{what}right: {group}"].append(right)
+    if codes:
+        codes = torch.cat(codes)
+        usage = vqgan.codebook_usage(codes, painter.vqgan.config.codes)
+        for name, value in zip(("usage, 256 pictures", "perplexity"), usage):
+            table[split, "", "", f"tokenizer: codebook {name}"] = [value] * len(codes)
+    if features and len(codes) < 2048:
+        say(f"FID of {len(codes)} pictures: degenerate below 2,048, do not compare it")
+    if features and len(codes) > 1:
         real = reference(inception, dataset, n, options)
-        yield *key, name, count, frechet(*real, *moments(parts))
+        for key, parts in features.items():
+            table[split, *key] = [frechet(*real, *moments(parts))] * len(codes)
 
 
 def evaluate(painter, options):
@@ -331,56 +319,51 @@ def evaluate(painter, options):
     data = options.data or painter.val.get("data", "")
     captions = options.captions or ("" if options.data else painter.val.get("captions", ""))
     inception = load_inception(options.inception, painter.device) if options.inception else None
-    splits = {split: open_data(data, captions, painter.vqgan.config.image_size, prior_crop, split,
-                               options.seed)
+    size, n, table = painter.vqgan.config.image_size, options.limit or 512, defaultdict(list)
+    splits = {split: open_data(data, captions, size, prior_crop, split, options.seed)
               for split in (["held-out"] if data else ["seen", "combination", "pair"])}
-    n, tally, rows = options.limit or 512, defaultdict(list), []
-    candidates = options.rerank or (8 if painter.ranker else 1)
     try:
         for split, dataset in splits.items():
-            rows += measure(painter, split, dataset, n, tally, inception)
-        for guidance in SWEEP if painter.prior and not data else ():
+            measure(painter, split, dataset, n, table, inception)
+        for scale in SWEEP if painter.prior and not data else ():
             for split, dataset in splits.items():
-                what = f"{split}, guidance {guidance}"
-                for _, texts in held_out(dataset, max(1, n // 5), options.seed, what):
-                    note_drawn(painter, tally, f"sweep: {split}", texts, dataset, candidates,
-                               guidance=guidance)
+                measure(painter, f"sweep: {split}", dataset, max(1, n // 5), table, guidance=scale)
     except KeyboardInterrupt:
         say("stopped; what has been measured so far:")
-    for key, values in tally.items():
-        bounds = wilson(sum(values), len(values)) if isinstance(values[0], bool) else ()
-        rows.append((*key, len(values), sum(values) / len(values), *bounds))
-    names = "split guidance candidates measure n value low high".split()
     path = Path(options.out, "evaluate.csv")
+    names = "split guidance candidates measure n value low high".split()
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *rows])
-    for split, guidance, candidates, name, count, *value in rows:
-        value = "".join(f"{x:10.4g}" for x in value)
-        print(f"{split:18} {guidance!s:4} {candidates!s:3} {name:40} {count:6}{value}")
+        csv.writer(file).writerow(names)
+        for key, values in table.items():
+            bounds = wilson(sum(values), len(values)) if isinstance(values[0], bool) else ()
+            row = sum(values) / len(values), *bounds
+            csv.writer(file).writerow([*key, len(values), *row])
+            shown = "".join(f"{x:10.4g}" for x in row)
+            print("{:18} {!s:4} {!s:3} {:40} {:6}{}".format(*key, len(values), shown))
     print(f"columns: {', '.join(names)}; low and high: 95 % interval after Wilson. {path}")
 
 
 @torch.no_grad()
 def main():
-    prompts, given = [], []    # `parse` knows options only; prompts may stand between them
-    for before, word in zip(["", *sys.argv[1:]], sys.argv[1:]):
-        flag = before.lstrip("-") in ("", "help", "evaluate", "upsample") or "=" in before
-        value = before.startswith("--") and not flag
-        (given if value or word.startswith("--") else prompts).append(word)
-    options, _, _ = parse(__doc__, Options(), argv=given)
-    if not (prompts or options.prompts or options.evaluate):
+    options, _, _ = parse(__doc__, Options())
+    if not (options.words or options.prompts or options.evaluate):
         raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
-    painter = Painter(options)
-    if options.evaluate:
-        evaluate(painter, options)
-    elif options.prompts:
-        draw_file(painter, options)
-    else:
-        prompts = [prompt.encode(errors="replace").decode() for prompt in prompts]
-        path = Path(options.out, "samples.png")
-        labels = [" ".join(prompt.split()) or "(no text)" for prompt in prompts]
-        save_grid(path, painter.paint(prompts), labels)
-        print(path)
+    if options.n < 1:
+        raise SystemExit(f"--n {options.n}: expected at least one picture per prompt")
+    try:
+        painter = Painter(options)
+        if options.evaluate:
+            evaluate(painter, options)
+        elif options.prompts:
+            draw_file(painter, options)
+        else:
+            prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
+            labels = [" ".join(prompt.split()) or "(no text)" for prompt in prompts]
+            path = Path(options.out, "samples.png")
+            save_grid(path, painter.paint(prompts), labels)
+            print(path)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command draws what is missing")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
+
+SIZES = ("width", "layers", "heads", "mlp")    # of a tower (ViT-VQGAN Table 2)
+
 
 @dataclass(frozen=True)
 class VQGANConfig:
@@ -57,8 +61,7 @@ class VQGANConfig:
 
     def sizes(self, prefix=""):
         """(width, layers, heads, mlp) of the encoder; of the decoder with prefix "decoder_"."""
-        names = ("width", "layers", "heads", "mlp")
-        return tuple(getattr(self, prefix + name) or getattr(self, name) for name in names)
+        return tuple(getattr(self, prefix + name) or getattr(self, name) for name in SIZES)
 
 
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
@@ -74,8 +77,8 @@ def larger_decoder(config):
     """The config of Parti's second tokenizer stage (§2.1, App. H): the same encoder and codebook
     under a larger decoder that emits plain RGB. Large for the papers' sizes, 4 blocks for tiny."""
     large = PRESETS["large"].sizes() if config.width >= 512 else (192, 4, 6, 768)
-    fields = ("decoder_width", "decoder_layers", "decoder_heads", "decoder_mlp")
-    return replace(config, logit_laplace=False, **dict(zip(fields, large)))
+    larger = {f"decoder_{name}": size for name, size in zip(SIZES, large)}
+    return replace(config, logit_laplace=False, **larger)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,6 +140,7 @@ class VQGAN(nn.Module):
         self.decoder = Tower(config, config.code_dim, maps * pixels, *config.sizes("decoder_"))
         self.initialise()
 
+    @torch.no_grad()
     def initialise(self):
         """Every initial value of the tokenizer; norms keep torch's ones and zeros."""
         for module in self.modules():
@@ -148,13 +152,11 @@ class VQGAN(nn.Module):
                 nn.init.zeros_(block.out.weight)               # training leaves the mean colour
                 nn.init.zeros_(block.mlp[2].weight)            # behind several times sooner
         embed = self.encoder.embed                             # sees [-1, 1] through the bias: the
-        with torch.no_grad():                                  # brightness would drown the rest
-            embed.weight.mul_(2)
-            embed.bias.copy_(-embed.weight.sum(1) / 2)
+        embed.weight.mul_(2)                                   # brightness would drown the rest
+        embed.bias.copy_(-embed.weight.sum(1) / 2)
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
         nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey, that
-        grey = 0.0 if self.config.logit_laplace else 0.5           # is mu = 0, or plain RGB 0.5
-        nn.init.constant_(self.decoder.project.bias, grey)
+        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # is mu = 0
 
     def latents(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, N, code_dim) float32 of unit norm: the encoder's side of
@@ -174,7 +176,7 @@ class VQGAN(nn.Module):
         term the encoder. Always float32, also under autocast."""
         with torch.autocast(z.device.type, enabled=False):
             codes = F.normalize(self.codebook.float(), dim=-1)             # (K, code_dim)
-            tokens = nearest(z.detach().flatten(0, 1), codes.detach())[1].view(z.shape[:2])
+            tokens = nearest(z.detach().flatten(0, 1), codes.detach()).view(z.shape[:2])
             e = F.embedding(tokens, codes)                                 # (B, N, code_dim)
         loss = (z.detach() - e).square().sum(-1).mean()
         loss = loss + self.config.beta * (z - e.detach()).square().sum(-1).mean()
@@ -223,18 +225,17 @@ class VQGAN(nn.Module):
             similarity = similarity.maximum(x @ x[picked[-1]])
         codes = x[picked]                                                            # (K, code_dim)
         for _ in range(steps):
-            sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes)[1], x)
+            sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes), x)
             unused = (sums == 0).all(-1, keepdim=True)
             codes = F.normalize(torch.where(unused, codes, sums), dim=-1)
         self.codebook.copy_(codes)
 
 
 def nearest(z, codes):
-    """Unit rows z (M, d) and codes (K, d) -> cosine and index (M,) of the nearest code. For unit
-    vectors |a - b|^2 = 2 - 2 a.b, so the largest dot product is the smallest distance. In slices,
-    because M x K does not fit: 256 pictures against 8192 codes would be 8 GiB."""
-    best = [(part @ codes.T).max(dim=-1) for part in z.split(8192)]
-    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+    """Unit rows z (M, d) and codes (K, d) -> index (M,) of the nearest code. For unit vectors
+    |a - b|^2 = 2 - 2 a.b, so the largest dot product is the smallest distance. In slices, because
+    M x K does not fit: 256 pictures against 8192 codes would be 8 GiB."""
+    return torch.cat([(part @ codes.T).argmax(-1) for part in z.split(8192)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,28 +301,27 @@ class Perceptual(nn.Module):
     of at least 16 x 16 pixels."""
     VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
-    LPIPS = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/"
-             "lpips/weights/v0.1/vgg.pth",
-             "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
+    LPIPS = (
+        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
     STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))   # convolutions of VGG16
+    INPUT = (-.030, -.088, -.188), (.458, .448, .450)                      # shift and scale of RGB
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
         weights = fetch("--vgg", vgg, *self.VGG) | fetch("--lpips", lpips, *self.LPIPS)
-        weights["shift"] = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
-        weights["scale"] = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
         for name, value in weights.items():
-            if not name.startswith("classifier"):
+            if not name.startswith("classifier"):                          # most of VGG16, unused
                 self.register_buffer(name.replace(".", "_"), value)
         try:   # all tensors are there and fit
-            self(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
+            self(*torch.zeros(2, 1, 3, 16, 16))
         except (KeyError, RuntimeError) as error:
             raise SystemExit(f"--vgg {vgg} --lpips {lpips}: not VGG16 with LPIPS weights: {error}")
 
     def forward(self, images, reconstruction):
-        w = dict(self.named_buffers())
-        x = (2 * torch.cat([images, reconstruction]) - 1 - w["shift"]) / w["scale"]
-        distance = 0
+        shift, scale = images.new_tensor(self.INPUT)[..., None, None]      # (3, 1, 1) each
+        x = (2 * torch.cat([images, reconstruction]) - 1 - shift) / scale  # (2B, 3, H, W)
+        distance, w = 0, dict(self.named_buffers())
         for i, stage in enumerate(self.STAGES):
             x = F.max_pool2d(x, 2) if i else x
             for j in stage:
@@ -349,8 +349,8 @@ class EqualConv(nn.Conv2d):
             x = F.pad(x, [(self.kernel_size[0] + 1) // 2] * 4)
             for _ in range(3):                  # [1, 1] three times over is the filter [1, 3, 3, 1]
                 x = F.avg_pool2d(x, 2, stride=1)
-        scale = self.weight[0].numel() ** -0.5
-        return F.conv2d(x, self.weight * scale, self.bias, self.stride, self.padding)
+        weight = self.weight * self.weight[0].numel() ** -0.5
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 def leaky(x):
@@ -380,12 +380,13 @@ class Discriminator(nn.Module):
         x = leaky(self.rgb(2 * images - 1))                                # (B, C, S, S)
         for conv, down, skip in self.blocks:
             x = (leaky(down(leaky(conv(x)))) + skip(x)) * math.sqrt(0.5)   # (B, C', S/2, S/2)
-        # Minibatch stddev: how much the pictures of a group of 4 differ, as one extra map. Other
-        # batch sizes use the largest group of at most 4 that divides them.
+        # Minibatch stddev: how much the pictures of a group of 4 differ, as one extra map. A group
+        # is 4 neighbours, so that processes that share a batch form the groups of one that does
+        # not. Other batch sizes use the largest group of at most 4 that divides them.
         group = max(g for g in (1, 2, 3, 4) if len(x) % g == 0)
-        var = x.float().unflatten(0, (group, -1)).var(0, unbiased=False)   # (B/group, C, 4, 4)
-        std = (var + 1e-8).sqrt().mean((1, 2, 3)).repeat(group)            # (B,)
-        x = torch.cat([x, std.to(x).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)], dim=1)
+        var = x.float().unflatten(0, (-1, group)).var(1, unbiased=False)   # (B/group, C, 4, 4)
+        std = (var + 1e-8).sqrt().mean((1, 2, 3), keepdim=True).repeat_interleave(group, dim=0)
+        x = torch.cat([x, std.expand(-1, 1, 4, 4)], dim=1)                 # (B, C+1, 4, 4)
         return self.score(leaky(self.dense(leaky(self.conv(x))))).flatten()
 
 
@@ -417,8 +418,7 @@ class Doubler(nn.Module):
         x = self.head(images)                                              # (B, C, H, W)
         for wide, narrow in zip(self.wide, self.narrow):
             x = x + narrow(wide(x).relu())
-        x = F.pixel_shuffle(self.tail(x) + self.skip(images), 2)           # (B, 3, 2H, 2W)
-        return (x.float() + 1) / 2
+        return (F.pixel_shuffle(self.tail(x) + self.skip(images), 2).float() + 1) / 2
 
 
 class Upsampler(nn.Sequential):
@@ -434,30 +434,42 @@ class Upsampler(nn.Sequential):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-def fetch(option, path, url, sha256):
-    """Weights in a file, or for "" fetched once and checked. Stops with one line that says how."""
-    if path:
-        return read(path)
-    try:   # torch checks the content against the hash in the file's name
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, file_name=f"{option}-{sha256}.pth",
-            weights_only=True)
-    except Exception as error:   # no network, a refusal, other content under that address
-        raise SystemExit(f"cannot fetch {url} ({error}): download it yourself and pass {option} "
-                         "FILE, or train without it: --perceptual 0")
+MADE_BY = {   # checkpoint -> the command that makes it
+    "vqgan.pt": "train_vqgan.py", "decoder.pt": "train_vqgan.py --stage decoder",
+    "upsampler.pt": "train_vqgan.py --stage upsampler", "text.pt": "train_prior.py --stage text",
+    "prior.pt": "train_vqgan.py && python train_prior.py"}
 
 
 def read(path):
-    """A file of tensors and plain values, weights_only=True. Stops with one line."""
+    """A file of tensors and plain values on the CPU, weights_only=True. SystemExit, one line with
+    the way out, if it is missing or damaged or holds anything else."""
+    path = Path(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        command = MADE_BY.get(path.name, "train_vqgan.py or train_prior.py, or give its own path")
+        raise SystemExit(f"{path} does not exist; this makes it: python {command} "
+                         "(on several machines, --out must be shared)")
     except Exception as error:   # torch raises half a dozen types, depending on the damage
         if "Unsupported global" in str(error):
             raise SystemExit(
                 f"{path} holds more than tensors. If you trust it, re-save its state_dict alone: "
                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'new.pt')")
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SystemExit(f"cannot read {path}, missing or damaged? {reason}")
+        raise SystemExit(f"cannot read {path}, it is damaged ({type(error).__name__}): put the one "
+                         f"before, {path.stem}.prev.pt, in its place, or get or train it afresh")
+
+
+def fetch(option, path, url, sha256):
+    """Weights in a file, or for "" fetched once and checked. SystemExit, one line that says how."""
+    if path:
+        return read(path)
+    try:   # torch checks the content against the hash in the file's name
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                  file_name=f"{option}-{sha256}.pth",
+                                                  weights_only=True)
+    except Exception as error:   # no network, a refusal, other content under that address
+        raise SystemExit(f"cannot fetch {url} ({error}): download it yourself and pass {option} "
+                         "FILE, or train without it: --perceptual 0")
 
 
 PUBLIC_NAMES = {   # enhancing-transformers -> here, applied in this order
@@ -470,9 +482,9 @@ PUBLIC_NAMES = {   # enhancing-transformers -> here, applied in this order
 
 
 def convert_public(state):
-    """Public ViT-VQGAN (enhancing-transformers) state dict -> (config fields, our state dict), all
-    sizes read from the tensors. Unlike the paper it has tanh inside the MLPs, no tanh head, no
-    biases on qkv, and heads always 64 wide."""
+    """Public ViT-VQGAN (enhancing-transformers) state dict -> a checkpoint like ours, all sizes
+    read from the tensors. Unlike the paper it has tanh inside the MLPs, no tanh head, no biases on
+    qkv, and heads always 64 wide."""
     ours = {}
     for name, value in state.items():
         for old, new in PUBLIC_NAMES.items():
@@ -484,30 +496,37 @@ def convert_public(state):
     config = dict(image_size=patch * math.isqrt(ours["encoder.positions"].shape[1]), patch=patch,
                   codes=codes, code_dim=code_dim, logit_laplace=False, public=True)
     for side, prefix in (("encoder", ""), ("decoder", "decoder_")):
-        config[prefix + "width"], inner = ours[f"{side}.blocks.0.out.weight"].shape
-        config[prefix + "heads"] = inner // 64
-        config[prefix + "mlp"] = len(ours[f"{side}.blocks.0.mlp.0.weight"])
-        config[prefix + "layers"] = sum(side in n and "norm1.bias" in n for n in ours)
+        width, inner = ours[f"{side}.blocks.0.out.weight"].shape
+        mlp = len(ours[f"{side}.blocks.0.mlp.0.weight"])
+        layers = sum(side in name and "norm1.bias" in name for name in ours)
+        sizes = (width, layers, inner // 64, mlp)
+        config |= {prefix + name: size for name, size in zip(SIZES, sizes)}
     # Convolutions whose stride is their kernel are linear maps of patches: (c, y, x) flattened.
     ours["encoder.embed.weight"] = ours["encoder.embed.weight"].flatten(1)
     ours["decoder.project.weight"] = ours["decoder.project.weight"].flatten(1).T
     ours["decoder.project.bias"] = ours["decoder.project.bias"].repeat_interleave(patch ** 2)
-    return config, ours
+    return {"config": config, "model": ours}
+
+
+def restore(path, build):
+    """A checkpoint -> the network build(checkpoint) with its weights, on the CPU in eval mode, and
+    the checkpoint itself. SystemExit, one line, if it is missing, damaged or of something else."""
+    saved = read(path)
+    try:
+        if "model" not in saved:
+            saved = convert_public(saved.get("state_dict", saved))
+        network = build(saved)
+        network.load_state_dict(saved["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} is neither our checkpoint of this part nor a public ViT-VQGAN: "
+                         f"{' '.join(str(error).split())[:200]}")
+    return network.eval(), saved
 
 
 def load(path):
     """A tokenizer from our checkpoint or a public enhancing-transformers one -> VQGAN on the CPU,
     in eval mode. A missing, damaged or misfitting file stops with one line (SystemExit)."""
-    saved = read(path)
-    try:
-        config, state = ((saved["config"], saved["model"]) if "model" in saved
-                         else convert_public(saved.get("state_dict", saved)))
-        model = VQGAN(VQGANConfig(**config))
-        model.load_state_dict(state)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"{path} is neither our tokenizer nor a public ViT-VQGAN: {reason}")
-    return model.eval()
+    return restore(path, lambda saved: VQGAN(VQGANConfig(**saved["config"])))[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -523,18 +542,19 @@ def main():
     steps = {"pictures": images, "latents of unit norm": z, "nearest codes": z_q, "tokens": tokens,
              "decoded": model.decode(tokens), "upsampled": Upsampler(2, width=16, blocks=2)(images),
              "discriminator's scores": Discriminator(64, cap=64)(images)}
-    for step, value in steps.items():
-        print(f"{step:24}{tuple(value.shape)}")
     with torch.device("meta"):
         networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
-        networks |= {"upsampler x2": Upsampler(2), "upsampler x4": Upsampler(4),
-                     "discriminator at 256": Discriminator(256)}
-    print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M")
+        networks |= {f"upsampler x{scale}": Upsampler(scale) for scale in (2, 4)}
+        networks["discriminator at 256"] = Discriminator(256)
+    table = {step: tuple(value.shape) for step, value in steps.items()}
+    table["Parameters"] = "papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M"
     for name, network in networks.items():
-        print(f"{name:24}{sum(p.numel() for p in network.parameters()):13,}")
+        table[name] = f"{sum(p.numel() for p in network.parameters()):13,}"
     start = time.perf_counter()
     model.decode(model.encode(images))
-    print(f"\ntiny: {16 / (time.perf_counter() - start):.0f} pictures/s, to tokens and back")
+    table["tiny, to tokens and back"] = f"{16 / (time.perf_counter() - start):.0f} pictures/s"
+    for row in table.items():
+        print("{:26}{!s}".format(*row))
 
 
 if __name__ == "__main__":
