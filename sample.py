@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -139,19 +139,14 @@ def best(pictures, scores, n):
     return pictures[torch.arange(len(order))[:, None], order], scores.gather(1, order)
 
 
-def to_bytes(images):
-    """Floats in [0, 1] -> uint8."""
-    return images.mul(255).round().byte()
-
-
 def read_prompts(path):
     """-> [{"Prompt": ...}], with Category and Challenge from the TSV of PartiPrompts, where quotes
     are literal. Any other file holds a prompt a line. SystemExit if it cannot be read."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"--prompts {path}: {error}; expected a text file in UTF-8")
-    lines = [line for line in lines if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     rows = [{"Prompt": line, "Category": "all"} for line in lines]
     if lines and lines[0].split("\t")[0] == "Prompt":
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -166,13 +161,14 @@ def slug(text):
 
 
 def draw_file(painter, options):
-    """A file of prompts -> out/prompts/: pictures, whose names end in a digest of the settings, and
-    contact sheets (of at most 400 prompts) by category and by challenge. What is there is kept, and
-    each group of prompts has random numbers of its own, so that a run that was stopped continues as
-    if it had not been."""
+    """A file of prompts -> out/prompts/: pictures, with a digest of the settings and of the prior's
+    step in their names, and contact sheets (of at most 400 prompts) by category and by challenge.
+    What is there is kept, and each group of prompts has random numbers of its own, so that a run
+    that was stopped continues as if it had not been."""
     rows, sheets = read_prompts(options.prompts)[:options.limit or None], defaultdict(list)
-    settings = painter.step, painter.sampling, replace(options, prompts="", limit=0)
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    settings = options.n, options.rerank, options.upsample, options.vqgan, options.seed
+    settings = repr((settings, painter.sampling, painter.step)).encode()
+    digest = hashlib.sha256(settings).hexdigest()[:8]
     folder = Path(options.out, "prompts")
     folder.mkdir(exist_ok=True)
     for i, row in enumerate(rows):
@@ -184,18 +180,19 @@ def draw_file(painter, options):
     size = max(1, BATCH // max(options.n, options.rerank))
     for start in tqdm(range(0, len(rows), size), "groups of prompts"):
         group = rows[start:start + size]
-        if all(file.exists() for row in group for file in row["files"]):
+        files = [file for row in group for file in row["files"]]
+        if all(file.exists() for file in files):
             continue
         painter.generator.manual_seed(options.seed + start)
-        pictures = to_bytes(painter.paint([row["Prompt"] for row in group])).flatten(0, 1)
-        files = [file for row in group for file in row["files"]]
-        for file, picture in zip(files, pictures.permute(0, 2, 3, 1).numpy()):
+        pictures = painter.paint([row["Prompt"] for row in group]).flatten(0, 1)
+        pictures = pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+        for file, picture in zip(files, pictures):
             Image.fromarray(picture).save(f"{file}.tmp", "PNG")
             os.replace(f"{file}.tmp", file)    # a kill leaves no half picture
     for name, part in sheets.items():
-        small = [[Image.open(file).resize((128, 128), Image.BOX) for file in row["files"]]
-                 for row in part[:400]]
-        pictures = torch.from_numpy(np.array(small)).permute(0, 1, 4, 2, 3) / 255
+        small = np.array([[Image.open(file).resize((128, 128), Image.BOX) for file in row["files"]]
+                          for row in part[:400]])
+        pictures = torch.from_numpy(small).permute(0, 1, 4, 2, 3) / 255
         save_grid(folder / f"{name}.png", pictures, [row["Prompt"] for row in part[:400]])
     say(f"{folder}: pictures ...-{digest}-*.png, contact sheets {', '.join(sheets)}")
 
@@ -234,7 +231,7 @@ def load_inception(path, device):
         net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f"--inception {path}: {str(error).splitlines()[0]}")
-    return lambda images: net(to_bytes(images.to(device)), return_features=True).cpu()
+    return lambda images: net((255 * images.to(device)).round().byte(), return_features=True).cpu()
 
 
 def reference(inception, dataset, n, options):
@@ -304,9 +301,9 @@ def measure(painter, split, dataset, n, table, inception=None, **sampling):
         usage = vqgan.codebook_usage(codes, painter.vqgan.config.codes)
         for name, value in zip(("usage, 256 pictures", "perplexity"), usage):
             table[split, "", "", f"tokenizer: codebook {name}"] = [value] * len(codes)
-    if features and len(codes) < 2048:
-        say(f"FID of {len(codes)} pictures: degenerate below 2,048, do not compare it")
     if features and len(codes) > 1:
+        warning = ": degenerate below 2,048, do not compare it" if len(codes) < 2048 else ""
+        say(f"FID of {len(codes)} pictures{warning}")
         real = reference(inception, dataset, n, options)
         for key, parts in features.items():
             table[split, *key] = [frechet(*real, *moments(parts))] * len(codes)

@@ -1718,7 +1718,8 @@ def test_own_checkpoint_round_trip_and_clear_errors(tmp_path):
         broken.write_bytes(whole[:size])
         with pytest.raises(SystemExit) as error:
             vqgan.load(broken)
-        assert "broken.pt" in str(error.value) and "\n" not in str(error.value)
+        assert "broken.pt is damaged" in str(error.value) and "\n" not in str(error.value)
+        assert "broken.prev.pt" in str(error.value) and "--fresh" in str(error.value)
     config = dataclasses.asdict(model.config)
     for odd in (
         {"a": 1},
@@ -1732,8 +1733,10 @@ def test_own_checkpoint_round_trip_and_clear_errors(tmp_path):
         with pytest.raises(SystemExit) as error:
             vqgan.load(broken)
         assert "broken.pt" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(SystemExit, match="absent.pt"):
+    with pytest.raises(SystemExit, match="absent.pt does not exist"):
         vqgan.load(tmp_path / "absent.pt")
+    with pytest.raises(SystemExit, match="python train_vqgan.py --stage decoder"):
+        vqgan.load(tmp_path / "decoder.pt")
     torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, broken)
     with pytest.raises(SystemExit) as error:
         vqgan.load(broken)
@@ -2819,6 +2822,11 @@ def test_missing(monkeypatch, tmp_path, out):
         call(monkeypatch, "a", "--out", tmp_path, "--upsample")
     with pytest.raises(SystemExit, match="no prompt"):
         call(monkeypatch, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="--n 0"):
+        call(monkeypatch, "a", "--n", 0, "--out", tmp_path)
+    os.link(out / "vqgan.pt", tmp_path / "text.pt")  # of another kind
+    with pytest.raises(SystemExit, match="text.pt is neither"):
+        call(monkeypatch, "a", "--out", tmp_path, "--rerank", 2)
     with pytest.raises(SystemExit, match="--guidence"):
         call(monkeypatch, "a", "--guidence", 3)
     with pytest.raises(SystemExit, match="at least 0"):
@@ -2886,6 +2894,13 @@ def test_prompts_file_resumes(monkeypatch, out, tmp_path):
     )
     run("--guidance", 3)
     assert len(list(folder.glob("0*.png"))) == 12 and not list(folder.glob("*.tmp"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.Painter, "paint", stop)
+    with pytest.raises(SystemExit, match="stopped"):
+        run("--guidance", 4)
 
 
 class Net(torch.nn.Module):

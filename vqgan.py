@@ -164,9 +164,8 @@ class VQGAN(nn.Module):
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        patches = F.pixel_unshuffle(images, self.config.patch)             # (B, 3*p*p, G, G)
-        z = self.encoder(patches.flatten(2).transpose(1, 2))               # (B, N, code_dim)
-        return F.normalize(z.float(), dim=-1)
+        patches = F.pixel_unshuffle(images, self.config.patch).flatten(2)  # (B, 3*p*p, N)
+        return F.normalize(self.encoder(patches.transpose(1, 2)).float(), dim=-1)
 
     def quantize(self, z):
         """Unit latents (B, N, code_dim) -> nearest codes, codebook loss, tokens (ViT-VQGAN Eq. 1).
@@ -368,11 +367,10 @@ class Discriminator(nn.Module):
             raise ValueError(f"the discriminator needs a power of two from 8 up, got {image_size}")
         sides = [image_size >> i for i in range(image_size.bit_length() - 2)]      # S, S/2 ... 4
         widths = [min(2 * base // side, cap) for side in sides]
-        self.rgb, last = EqualConv(3, widths[0], 1), widths[-1]
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([EqualConv(c, c, 3, padding=1), EqualConv(c, d, 3, stride=2),
-                           EqualConv(c, d, 1, stride=2, bias=False)])
-            for c, d in zip(widths, widths[1:]))
+        self.rgb, self.blocks, last = EqualConv(3, widths[0], 1), nn.ModuleList(), widths[-1]
+        for c, d in zip(widths, widths[1:]):
+            convs = EqualConv(c, c, 3, padding=1), EqualConv(c, d, 3, stride=2)
+            self.blocks.append(nn.ModuleList([*convs, EqualConv(c, d, 1, stride=2, bias=False)]))
         self.conv = EqualConv(last + 1, last, 3, padding=1)
         self.dense, self.score = EqualConv(last, last, 4), EqualConv(last, 1, 1)   # on a 4 x 4 map
 
@@ -455,8 +453,8 @@ def read(path):
             raise SystemExit(
                 f"{path} holds more than tensors. If you trust it, re-save its state_dict alone: "
                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'new.pt')")
-        raise SystemExit(f"cannot read {path}, it is damaged ({type(error).__name__}): put the one "
-                         f"before, {path.stem}.prev.pt, in its place, or get or train it afresh")
+        raise SystemExit(f"{path} is damaged ({type(error).__name__}); put the one before, "
+                         f"{path.stem}.prev.pt, in its place, or make it again: --fresh")
 
 
 def fetch(option, path, url, sha256):
@@ -496,11 +494,10 @@ def convert_public(state):
     config = dict(image_size=patch * math.isqrt(ours["encoder.positions"].shape[1]), patch=patch,
                   codes=codes, code_dim=code_dim, logit_laplace=False, public=True)
     for side, prefix in (("encoder", ""), ("decoder", "decoder_")):
-        width, inner = ours[f"{side}.blocks.0.out.weight"].shape
-        mlp = len(ours[f"{side}.blocks.0.mlp.0.weight"])
-        layers = sum(side in name and "norm1.bias" in name for name in ours)
-        sizes = (width, layers, inner // 64, mlp)
-        config |= {prefix + name: size for name, size in zip(SIZES, sizes)}
+        config[prefix + "width"], inner = ours[f"{side}.blocks.0.out.weight"].shape
+        config[prefix + "heads"] = inner // 64
+        config[prefix + "mlp"] = len(ours[f"{side}.blocks.0.mlp.0.weight"])
+        config[prefix + "layers"] = sum(side in n and "norm1.bias" in n for n in ours)
     # Convolutions whose stride is their kernel are linear maps of patches: (c, y, x) flattened.
     ours["encoder.embed.weight"] = ours["encoder.embed.weight"].flatten(1)
     ours["decoder.project.weight"] = ours["decoder.project.weight"].flatten(1).T
@@ -539,22 +536,22 @@ def main():
     model, images = VQGAN(PRESETS["tiny"]).eval(), torch.rand(16, 3, 64, 64)
     z = model.latents(images)
     z_q, _, tokens = model.quantize(z)
+    start = time.perf_counter()
     steps = {"pictures": images, "latents of unit norm": z, "nearest codes": z_q, "tokens": tokens,
-             "decoded": model.decode(tokens), "upsampled": Upsampler(2, width=16, blocks=2)(images),
-             "discriminator's scores": Discriminator(64, cap=64)(images)}
+             "decoded": model.decode(model.encode(images))}
+    speed = len(images) / (time.perf_counter() - start)
+    steps["upsampled"] = Upsampler(2, width=16, blocks=2)(images)
+    steps["discriminator's scores"] = Discriminator(64, cap=64)(images)
+    for step, value in steps.items():
+        print(f"{step:24}{tuple(value.shape)}")
     with torch.device("meta"):
         networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
         networks |= {f"upsampler x{scale}": Upsampler(scale) for scale in (2, 4)}
         networks["discriminator at 256"] = Discriminator(256)
-    table = {step: tuple(value.shape) for step, value in steps.items()}
-    table["Parameters"] = "papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M"
+    print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M")
     for name, network in networks.items():
-        table[name] = f"{sum(p.numel() for p in network.parameters()):13,}"
-    start = time.perf_counter()
-    model.decode(model.encode(images))
-    table["tiny, to tokens and back"] = f"{16 / (time.perf_counter() - start):.0f} pictures/s"
-    for row in table.items():
-        print("{:26}{!s}".format(*row))
+        print(f"{name:24}{sum(p.numel() for p in network.parameters()):13,}")
+    print(f"\ntiny: {speed:.0f} pictures/s, to tokens and back")
 
 
 if __name__ == "__main__":
