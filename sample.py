@@ -166,9 +166,8 @@ def draw_file(painter, options):
     What is there is kept, and each group of prompts has random numbers of its own, so that a run
     that was stopped continues as if it had not been."""
     rows, sheets = read_prompts(options.prompts)[:options.limit or None], defaultdict(list)
-    settings = options.n, options.rerank, options.upsample, options.vqgan, options.seed
-    settings = repr((settings, painter.sampling, painter.step)).encode()
-    digest = hashlib.sha256(settings).hexdigest()[:8]
+    how = painter.sampling, painter.step, options.n, options.rerank, options.upsample, options.seed
+    digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
     folder = Path(options.out, "prompts")
     folder.mkdir(exist_ok=True)
     for i, row in enumerate(rows):
@@ -184,9 +183,8 @@ def draw_file(painter, options):
         if all(file.exists() for file in files):
             continue
         painter.generator.manual_seed(options.seed + start)
-        pictures = painter.paint([row["Prompt"] for row in group]).flatten(0, 1)
-        pictures = pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-        for file, picture in zip(files, pictures):
+        pictures = painter.paint([row["Prompt"] for row in group]).mul(255).round().byte()
+        for file, picture in zip(files, pictures.flatten(0, 1).permute(0, 2, 3, 1).numpy()):
             Image.fromarray(picture).save(f"{file}.tmp", "PNG")
             os.replace(f"{file}.tmp", file)    # a kill leaves no half picture
     for name, part in sheets.items():
@@ -209,12 +207,10 @@ def wilson(right, n):
 
 def frechet(mu1, s1, mu2, s2):
     """Distance of two Gaussians with means (D,) and covariances (D, D), in float64:
-    |mu1 - mu2|^2 + tr s1 + tr s2 - 2 tr (s1 s2)^(1/2). The last trace is that of the root of
-    r s2 r with r r = s1, which has the eigenvalues of s1 s2 and is symmetric."""
+    |mu1 - mu2|^2 + tr s1 + tr s2 - 2 tr (s1 s2)^(1/2). The last trace is the sum of the roots of
+    the eigenvalues of s1 s2, which are real and not negative but for rounding."""
     mu1, s1, mu2, s2 = (x.double() for x in (mu1, s1, mu2, s2))
-    values, vectors = torch.linalg.eigh(s1)
-    r = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(r @ s2 @ r).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvals(s1 @ s2).real.clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
 
 
@@ -227,7 +223,7 @@ def moments(features):
 def load_inception(path, device):
     """NVIDIA's TorchScript Inception -> function of pictures (b, 3, H, W) in [0, 1], which it
     resizes itself, that gives features (b, 2048) on the CPU. SystemExit if it cannot be loaded."""
-    try:
+    try:   # deprecated by torch, but the file is TorchScript; Python hides the warning by default
         net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f"--inception {path}: {str(error).splitlines()[0]}")
@@ -273,9 +269,9 @@ def measure(painter, split, dataset, n, table, inception=None, **sampling):
             tokens = painter.vqgan.encode(real)
             codes.append(tokens.cpu())
             copy = made["", "", "reconstruction "] = painter.decoder.decode(tokens).clamp(0, 1)
-            error = (real - copy).square().mean((1, 2, 3))
-            table[split, "", "", "tokenizer: MSE"] += error.tolist()
-            table[split, "", "", "tokenizer: PSNR, dB"] += vqgan.psnr(real, copy).tolist()
+            decibels = vqgan.psnr(real, copy)
+            table[split, "", "", "tokenizer: PSNR, dB"] += decibels.tolist()
+            table[split, "", "", "tokenizer: MSE"] += (10 ** (-decibels / 10)).tolist()
         if painter.prior and not sampling:
             with painter.autocast:
                 logits = painter.prior(painter.text(captions).to(painter.device), tokens)
@@ -355,9 +351,8 @@ def main():
             draw_file(painter, options)
         else:
             prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
-            labels = [" ".join(prompt.split()) or "(no text)" for prompt in prompts]
-            path = Path(options.out, "samples.png")
-            save_grid(path, painter.paint(prompts), labels)
+            path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
+            save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
             print(path)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command draws what is missing")

@@ -2911,6 +2911,7 @@ class Net(torch.nn.Module):
         return x.float().mean((2, 3)) if return_features else x.float()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what Inception comes in
 def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
     torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
     monkeypatch.setattr(sample, "SWEEP", (1.0, 2.0))
@@ -2963,6 +2964,7 @@ def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
     assert len(list(out.glob("fid-*.pt"))) == 3
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what Inception comes in
 def test_evaluate_data_and_reference_cache(monkeypatch, out, tmp_path):
     torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
     folder = tmp_path / "pics" / "frog"
