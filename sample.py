@@ -69,8 +69,7 @@ class Painter(torch.nn.Module):
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         out, saved = Path(options.out), {}
-        there = {file.name for file in out.glob("*.pt")}
-        if not options.evaluate or "prior.pt" in there:
+        if not options.evaluate or (out / "prior.pt").exists():
             self.prior, saved = vqgan.restore(
                 out / "prior.pt", lambda saved: Parti(PriorConfig(**saved["config"])))
             self.text = words(saved)
@@ -86,11 +85,11 @@ class Painter(torch.nn.Module):
         if (has.codes, has.grid) != (needs.codes, needs.grid):
             raise SystemExit(f"{path} has {has.codes} codes, grid {has.grid}; the prior has "
                              f"{needs.codes}, {needs.grid}: give its own tokenizer, --vqgan FILE")
-        if "decoder.pt" in there:
+        if (out / "decoder.pt").exists():
             larger = vqgan.load(out / "decoder.pt")
             if torch.equal(larger.codebook, self.vqgan.codebook):   # else another tokenizer's
                 self.decoder = larger
-        if options.rerank or options.evaluate and "text.pt" in there:
+        if options.rerank or options.evaluate and (out / "text.pt").exists():
             self.ranker, saved = vqgan.restore(out / "text.pt", lambda saved: DualEncoder(
                 PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
             self.side, self.ranker_text = saved["image_size"], words(saved)

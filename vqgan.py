@@ -69,8 +69,7 @@ PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
                         codes=1088, code_scale=32 ** 0.5, logit_laplace=False),
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
-    "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120),
-}
+    "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120)}
 
 
 def larger_decoder(config):
@@ -432,10 +431,10 @@ class Upsampler(nn.Sequential):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-MADE_BY = {   # checkpoint -> the command that makes it
-    "vqgan.pt": "train_vqgan.py", "decoder.pt": "train_vqgan.py --stage decoder",
-    "upsampler.pt": "train_vqgan.py --stage upsampler", "text.pt": "train_prior.py --stage text",
-    "prior.pt": "train_vqgan.py && python train_prior.py"}
+MADE_BY = {"vqgan.pt": "train_vqgan.py", "decoder.pt": "train_vqgan.py --stage decoder",
+           "upsampler.pt": "train_vqgan.py --stage upsampler",
+           "prior.pt": "train_vqgan.py && python train_prior.py",
+           "text.pt": "train_prior.py --stage text"}
 
 
 def read(path):
@@ -470,13 +469,13 @@ def fetch(option, path, url, sha256):
                          "FILE, or train without it: --perceptual 0")
 
 
-PUBLIC_NAMES = {   # enhancing-transformers -> here, applied in this order
-    "transformer.layers.": "blocks.", ".0.norm.": ".norm1.", ".1.norm.": ".norm2.",
-    ".0.fn.to_qkv.": ".qkv.", ".0.fn.to_out.": ".out.", ".1.fn.net.": ".mlp.",
-    "transformer.norm.": "norm.", "to_patch_embedding.0.": "embed.", "to_pixel.1.": "project.",
-    "en_pos_embedding": "positions", "de_pos_embedding": "positions",
-    "pre_quant.": "encoder.project.", "post_quant.": "decoder.embed.",
-    "quantizer.embedding.weight": "codebook"}
+# enhancing-transformers -> here, applied in this order
+PUBLIC_NAMES = {"transformer.layers.": "blocks.", ".0.norm.": ".norm1.", ".1.norm.": ".norm2.",
+                ".0.fn.to_qkv.": ".qkv.", ".0.fn.to_out.": ".out.", ".1.fn.net.": ".mlp.",
+                "transformer.norm.": "norm.", "en_pos_embedding": "positions",
+                "to_patch_embedding.0.": "embed.", "de_pos_embedding": "positions",
+                "to_pixel.1.": "project.", "quantizer.embedding.weight": "codebook",
+                "pre_quant.": "encoder.project.", "post_quant.": "decoder.embed."}
 
 
 def convert_public(state):
