@@ -4,7 +4,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -44,6 +43,7 @@ DIRECTIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 # These pairs appear alone and in counts, but in no relation of the training scenes.
 RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
+SPLITS = ("train", "seen", "combination", "pair")
 KINDS = {"one object": 0.08, "counts": 0.24, "relation": 0.68}    # shares of the scenes
 
 
@@ -75,9 +75,9 @@ class Scenes:
     """
 
     def __init__(self, split="train", size=64, seed=0, length=1_000_000):
-        if split not in ("train", "seen", "combination", "pair") or size % GRID:
-            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected train, "
-                             f"seen, combination or pair, and a multiple of {GRID}")
+        if split not in SPLITS or size % GRID:
+            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected one of "
+                             f"{', '.join(SPLITS)}, and a multiple of {GRID}")
         self.split, self.size, self.seed, self.length = split, size, seed, length
 
     def __len__(self):
@@ -86,11 +86,10 @@ class Scenes:
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        boxes = None
-        while not boxes:
+        while True:
             objects, relation, background, caption = self._compose(rng)
-            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
-        return self._draw(objects, boxes, background), caption
+            if boxes := _place([SIZES[size] for size, _, _ in objects], relation, rng):
+                return self._draw(objects, boxes, background), caption
 
     def captions(self, n):
         """The captions of the first n scenes: list[str]."""
@@ -210,14 +209,14 @@ def _recognise(image, background):
         cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
         y, x = ((places.min() + places.max() + 1) / 2 for places in (ys, xs))
         fits = []
-        for (size, cells), shape in itertools.product(SIZES.items(), SHAPES):
-            side, ideal = cells * cell, stencil(shape, cells * cell)
+        for size, shape in ((size, shape) for size in SIZES for shape in SHAPES):
+            side = SIZES[size] * cell
             top, left = round(y - side / 2), round(x - side / 2)
             box = cover[max(top, 0) : top + side, max(left, 0) : left + side]
-            if box.shape == ideal.shape:    # else this size would stick out of the picture
+            if box.shape == (side, side):    # else this size would stick out of the picture
                 outside = (ys < top) | (ys >= top + side) | (xs < left) | (xs >= left + side)
-                error = (abs(box - ideal).sum() + outside.sum()) / ideal.sum()
-                fits.append((error, size, shape))
+                missed = abs(box - stencil(shape, side)).sum() + outside.sum()
+                fits.append((missed / stencil(shape, side).sum(), size, shape))
         error, size, shape = min(fits, default=(1.0, None, None))
         if gap > 35 or error > 0.15:
             return []
@@ -249,7 +248,6 @@ def check(image, caption):
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LISTS = ("metadata.jsonl", "metadata.csv")      # as Hugging Face's ImageFolder
-EXPECTED = "rows with file_name and text", "COCO captions JSON"
 CAPTION_KEYS = ("text", "caption", "prompt")    # in the rows of any caption file
 
 
@@ -314,9 +312,9 @@ def prior_crop(image, size, rng):
         3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8)), (1, 9 / 8))
 
 
-def centre_crop(image, size, rng):
+def centre_crop(image, size, rng=None):
     """The largest central square, for evaluation: PIL image -> uint8 (size, size, 3)."""
-    return _crop(image, size, rng, lambda slack: slack // 2, (1, 1))
+    return _crop(image, size, np.random.default_rng(0), lambda slack: slack // 2, (1, 1))
 
 
 def _inside(name, where):
@@ -327,24 +325,26 @@ def _inside(name, where):
 
 
 def _index(path):
-    """{name: (file on disk, offset, size)} of all files below a folder or in a .tar.
+    """{name: (key, file on disk[, offset, size])} of all files below a folder or in a .tar.
 
     Shards are read in place: only the offsets of their members are kept, so that access is
-    random and nothing is ever unpacked. A shard counts as a folder of its name.
+    random and nothing is ever unpacked. A shard counts as a folder of its name. A picture and
+    its caption file share the key: the name up to the last dot; in a shard, up to the first.
     """
     files = {}
     found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
     for file in found or [str(path)]:
         name = os.path.relpath(file, path).replace(os.sep, "/")
         if not file.lower().endswith(".tar"):
-            files[name] = file, 0, -1
+            files[name] = posixpath.splitext(name)[0], file
             continue
         try:
             with tarfile.open(file, "r:") as shard:
                 for member in shard:
                     inner = posixpath.normpath(posixpath.join(name, _inside(member.name, file)))
+                    key = re.match(r"(.*/)?[^/.]*", inner)[0]
                     if member.isreg() and not member.issparse():
-                        files[inner] = file, member.offset_data, member.size
+                        files[inner] = key, file, member.offset_data, member.size
                     elif not member.isdir():
                         raise SystemExit(f"{file}: {inner} is a link; expected plain files")
                 shard.fileobj.seek(shard.offset)
@@ -404,12 +404,16 @@ class Pictures:
         if not names:
             raise SystemExit(f"--data {path}: no picture in it; expected a folder or a .tar file "
                              f"that exists and holds {' '.join(EXTENSIONS)}")
-        # {picture: its captions, or the file beside it that holds them}
-        self.texts = self._listed(names, captions) or self._beside(names) or {
-            name: [_folder(name)] for name in names}
-        names = [name for name in names if name in self.texts]
-        chosen = [name for name in names
-                  if (zlib.crc32(os.fsencode(name)) % 50 > 0) == (split == "train")]
+        files = {self.files[name][0]: name for name in sorted(self.files)
+                 if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
+        self.texts = self._listed(names, captions)    # {picture: its captions, or their file}
+        if not self.texts:
+            self.texts = {name: files.get(self.files[name][0], []) for name in names}
+        if not any(self.texts.values()):
+            self.texts = {name: [_folder(name)] for name in names}
+        names = sorted(self.texts)
+        train = {name for name in names if zlib.crc32(os.fsencode(name)) % 50}
+        chosen = [name for name in names if (name in train) == (split == "train")]
         self.names = chosen or names    # too few to be split
 
     def __len__(self):
@@ -419,7 +423,7 @@ class Pictures:
         """-> uint8 (size, size, 3), caption. Raises BadImage."""
         name = self.names[index]
         try:    # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing
-            image = open_image(io.BytesIO(_read(*self.files[name])), round(1.5 * self.size))
+            image = open_image(io.BytesIO(_read(*self.files[name][1:])), round(1.5 * self.size))
             captions = self._captions(name)
         except (BadImage, OSError) as error:
             raise BadImage(name, error.args[-1]) from None
@@ -435,7 +439,7 @@ class Pictures:
         texts = self.texts[name]
         if isinstance(texts, str):
             try:
-                rows = _rows(texts, _read(*self.files[texts]), "replace")
+                rows = _rows(texts, _read(*self.files[texts][1:]), "replace")
                 texts = [_caption(row) for row in rows]
             except (ValueError, LookupError, TypeError):    # a .json without a caption
                 texts = []
@@ -453,10 +457,11 @@ class Pictures:
             alike.setdefault(posixpath.basename(name), []).append(name)
         for file in lists:
             try:
-                rows = _rows(file, _read(*self.files.get(file, (file,))))
+                rows = _rows(file, _read(*self.files.get(file, ("", file))[1:]))
                 rows = [(_inside(row["file_name"], file), _caption(row)) for row in rows]
             except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-                raise SystemExit(f"{file}: {error!r}; expected {EXPECTED[bool(captions)]}")
+                expected = "COCO captions JSON" if captions else "rows with file_name and text"
+                raise SystemExit(f"{file}: {error!r}; expected {expected}")
             for name, caption in rows:
                 path = name if captions else posixpath.join(posixpath.dirname(file), name)
                 found = [other for other in alike.get(posixpath.basename(path), ())
@@ -469,21 +474,6 @@ class Pictures:
         if lists and not listed:
             raise SystemExit(f"{lists[0]} names no picture that is there")
         return listed
-
-    def _beside(self, names):
-        """The file beside each picture that holds its captions, {} if there is none beside any.
-
-        They share the name up to the last dot; in a shard, up to the first.
-        """
-        def key(name):
-            folder, base = posixpath.split(name)
-            in_shard = self.files[name][1] > 0
-            return folder, base.split(".")[0] if in_shard else posixpath.splitext(base)[0]
-
-        texts = {key(name): name for name in sorted(self.files)
-                 if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
-        found = {name: texts.get(key(name), []) for name in names}
-        return found if any(found.values()) else {}
 
 
 def _folder(name):
@@ -504,19 +494,18 @@ def save_grid(path, rows, labels=None):
 
     Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
     """
-    side = rows[0].shape[-1]
-    zoom = max(1, 128 // side)
-    cell, foot = side * zoom + 4, 18 if labels else 0
-    sheet = Image.new("RGB", (cell * max(map(len, rows)), (cell + foot) * len(rows)), "white")
-    for y, row in enumerate(rows):
+    zoom, foot, n = max(1, 128 // rows[0].shape[-1]), 18 if labels else 0, max(map(len, rows))
+    strips = []
+    for row in rows:
         pixels = row.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-        for x, picture in enumerate(pixels.cpu().numpy()):
-            picture = Image.fromarray(picture).resize((side * zoom,) * 2, Image.NEAREST)
-            sheet.paste(picture, (x * cell + 2, y * (cell + foot) + 2))
-        if labels:
-            letters = sheet.width // 6
-            label = labels[y] if len(labels[y]) <= letters else labels[y][: letters - 3] + "..."
-            ImageDraw.Draw(sheet).text((3, y * (cell + foot) + cell), label, "black")
+        pixels = pixels.cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)    # (n,h,w,3)
+        frame = (0, n - len(row)), (2, 2 + foot), (2, 2), (0, 0)
+        strips.append(np.hstack(np.pad(pixels, frame, constant_values=255)))    # (h,n·w,3)
+    sheet = Image.fromarray(np.vstack(strips))
+    letters = sheet.width // 6
+    for y, label in enumerate(labels or ()):
+        label = label if len(label) <= letters else label[: letters - 3] + "..."
+        ImageDraw.Draw(sheet).text((3, (y + 1) * len(strips[0]) - foot), label, "black")
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
 
