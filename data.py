@@ -325,7 +325,7 @@ def _inside(name, where):
 
 
 def _index(path):
-    """{name: (key, file on disk[, offset, size])} of all files below a folder or in a .tar.
+    """{name: (key, file on disk, offset, size)} of all files below a folder or in a .tar.
 
     Shards are read in place: only the offsets of their members are kept, so that access is
     random and nothing is ever unpacked. A shard counts as a folder of its name. A picture and
@@ -336,7 +336,7 @@ def _index(path):
     for file in found or [str(path)]:
         name = os.path.relpath(file, path).replace(os.sep, "/")
         if not file.lower().endswith(".tar"):
-            files[name] = posixpath.splitext(name)[0], file
+            files[name] = posixpath.splitext(name)[0], file, 0, -1
             continue
         try:
             with tarfile.open(file, "r:") as shard:
@@ -353,10 +353,6 @@ def _index(path):
         except (tarfile.TarError, OSError) as error:
             raise SystemExit(f"{file} is not a whole, uncompressed .tar ({error}); replace it")
     return files
-
-
-def _read(file, offset=0, size=-1):
-    return np.fromfile(file, np.uint8, size, offset=offset).tobytes()
 
 
 def _rows(file, content, errors="strict"):
@@ -423,7 +419,7 @@ class Pictures:
         """-> uint8 (size, size, 3), caption. Raises BadImage."""
         name = self.names[index]
         try:    # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing
-            image = open_image(io.BytesIO(_read(*self.files[name][1:])), round(1.5 * self.size))
+            image = open_image(io.BytesIO(self._read(name)), round(1.5 * self.size))
             captions = self._captions(name)
         except (BadImage, OSError) as error:
             raise BadImage(name, error.args[-1]) from None
@@ -434,13 +430,16 @@ class Pictures:
         names = self.names[:: max(1, len(self) // n)]
         return [caption for name in names for caption in self._captions(name)][:n]
 
+    def _read(self, name):
+        _, file, offset, size = self.files[name]
+        return np.fromfile(file, np.uint8, size, offset=offset).tobytes()
+
     def _captions(self, name):
         """All captions of a picture: at least one, which may be empty."""
         texts = self.texts[name]
         if isinstance(texts, str):
             try:
-                rows = _rows(texts, _read(*self.files[texts][1:]), "replace")
-                texts = [_caption(row) for row in rows]
+                texts = [_caption(row) for row in _rows(texts, self._read(texts), "replace")]
             except (ValueError, LookupError, TypeError):    # a .json without a caption
                 texts = []
         return texts or [""]
@@ -451,14 +450,16 @@ class Pictures:
         The names in metadata are relative to it; those in COCO files to any folder of the data.
         """
         lists = [file for file in sorted(self.files) if posixpath.basename(file) in LISTS]
-        lists = [str(captions)] if captions else lists
+        if captions:
+            lists = [str(captions)]
+            self.files[lists[0]] = "", captions, 0, -1
         alike, listed = {}, {}
         for name in names:
             alike.setdefault(posixpath.basename(name), []).append(name)
         for file in lists:
             try:
-                rows = _rows(file, _read(*self.files.get(file, ("", file))[1:]))
-                rows = [(_inside(row["file_name"], file), _caption(row)) for row in rows]
+                rows = [(_inside(row["file_name"], file), _caption(row))
+                        for row in _rows(file, self._read(file))]
             except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
                 expected = "COCO captions JSON" if captions else "rows with file_name and text"
                 raise SystemExit(f"{file}: {error!r}; expected {expected}")

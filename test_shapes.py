@@ -436,6 +436,7 @@ def test_coco_captions(tmp_path):
         captions.write_text(wrong)
         assert "COCO" in error(data.Pictures, tmp_path, captions)
     assert "nowhere.json" in error(data.Pictures, tmp_path, "nowhere.json")
+    assert "captions.json" in error(data.Pictures, tmp_path, "captions.json"), "not the data's own"
     assert "--data" in error(data.open_data, "", "nowhere.json")
 
 
