@@ -128,12 +128,13 @@ class Scenes:
     def _draw(self, objects, boxes, background):
         """Objects (size, colour, shape) in boxes (left, top), in cells -> uint8 (size, size, 3)."""
         cell = self.size // GRID
-        image = np.full((self.size, self.size, 3), BACKGROUNDS[background], np.float32)
+        image = np.tile(np.uint8(BACKGROUNDS[background]), (self.size, self.size, 1))
         for (size, colour, shape), (x, y) in zip(objects, boxes):
             side = SIZES[size] * cell
             window = image[y * cell : y * cell + side, x * cell : x * cell + side]
-            window += stencil(shape, side)[..., None] * (np.float32(COLOURS[colour]) - window)
-        return np.round(image).astype(np.uint8)
+            covered = stencil(shape, side)[..., None]
+            window[:] = np.round(window + covered * (np.float32(COLOURS[colour]) - window))
+        return image
 
 
 def _place(sides, relation, rng):
@@ -400,17 +401,15 @@ class Pictures:
         if not names:
             raise SystemExit(f"--data {path}: no picture in it; expected a folder or a .tar file "
                              f"that exists and holds {' '.join(EXTENSIONS)}")
-        files = {self.files[name][0]: name for name in sorted(self.files)
+        texts = {self.files[name][0]: name for name in sorted(self.files)
                  if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
-        self.texts = self._listed(names, captions)    # {picture: its captions, or their file}
-        if not self.texts:
-            self.texts = {name: files.get(self.files[name][0], []) for name in names}
-        if not any(self.texts.values()):
-            self.texts = {name: [_folder(name)] for name in names}
-        names = sorted(self.texts)
-        train = {name for name in names if zlib.crc32(os.fsencode(name)) % 50}
-        chosen = [name for name in names if (name in train) == (split == "train")]
-        self.names = chosen or names    # too few to be split
+        beside = {name: texts.get(self.files[name][0], []) for name in names}
+        if not any(beside.values()):
+            beside = {name: [_folder(name)] for name in names}
+        self.texts = self._listed(names, captions) or beside    # {picture: captions or their file}
+        train = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50}
+        chosen = train if split == "train" else self.texts.keys() - train
+        self.names = sorted(chosen or self.texts)    # too few cannot be split
 
     def __len__(self):
         return len(self.names)
