@@ -36,12 +36,14 @@ BACKGROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (20, 
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 2, "large": 3}    # side of an object's box, in cells
 GRID = 8                            # cells along a side of the picture
+NUMBERS = {"two": 2, "three": 3}
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
-             "left of": ("left of", "to the left of"),
-             "right of": ("right of", "to the right of")}
+             "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
+DIRECTIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 # These pairs appear alone and in counts, but in no relation of the training scenes.
 RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
+SPLITS = ("train", "seen", "combination", "pair")
 KINDS = {"one object": 0.08, "counts": 0.24, "relation": 0.68}    # shares of the scenes
 
 
@@ -57,11 +59,10 @@ def stencil(shape, side):
     """What a shape covers of its box of side x side pixels: (side, side) in [0,1], anti-aliased."""
     line = (np.arange(side * 8) + 0.5) / (side * 4) - 1    # 8 x 8 samples a pixel, from -1 to 1
     x, y, r = line[None], line[:, None], 0.875             # r leaves a margin around the shape
-    inside = {"circle": x * x + y * y < r * r,
-              "square": np.maximum(abs(x), abs(y)) < 0.9 * r,
+    far, near = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    inside = {"circle": x * x + y * y < r * r, "square": far < 0.9 * r,
               "triangle": (abs(x) < (y + r) / 2) & (y < r),
-              "cross": (np.maximum(abs(x), abs(y)) < r)
-              & (np.minimum(abs(x), abs(y)) < 0.36 * r)}[shape]
+              "cross": (far < r) & (near < 0.36 * r)}[shape]
     return inside.reshape(side, 8, side, 8).mean((1, 3)).astype(np.float32)
 
 
@@ -74,9 +75,9 @@ class Scenes:
     """
 
     def __init__(self, split="train", size=64, seed=0, length=1_000_000):
-        if split not in ("train", "seen", "combination", "pair") or size % GRID:
-            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected train, "
-                             f"seen, combination or pair, and a multiple of {GRID}")
+        if split not in SPLITS or size % GRID:
+            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected one of "
+                             f"{', '.join(SPLITS)}, and a multiple of {GRID}")
         self.split, self.size, self.seed, self.length = split, size, seed, length
 
     def __len__(self):
@@ -85,11 +86,10 @@ class Scenes:
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        boxes = None
-        while not boxes:
+        while True:
             objects, relation, background, caption = self._compose(rng)
-            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
-        return self._draw(objects, boxes, background), caption
+            if boxes := _place([SIZES[size] for size, _, _ in objects], relation, rng):
+                return self._draw(objects, boxes, background), caption
 
     def captions(self, n):
         """The captions of the first n scenes: list[str]."""
@@ -101,47 +101,40 @@ class Scenes:
             return list(choices)[rng.integers(len(choices))]
 
         about = rng.choice(list(KINDS), p=list(KINDS.values()))
-        if self.split in ("combination", "pair"):
-            about = "relation"
+        related, relation = about == "relation" or self.split in ("combination", "pair"), None
         while True:
-            things = [(pick(COLOURS), pick(SHAPES)) for _ in range(1 + (about == "relation"))]
-            relation = pick(RELATIONS) if about == "relation" else None
-            if relation is None:
+            things = [(pick(COLOURS), pick(SHAPES)) for _ in range(1 + related)]
+            if not related:
                 break
+            relation = pick(RELATIONS)
             rare, hidden = bool(RARE & set(things)), held_out(things[0], relation, things[1])
             wanted = {"pair": rare, "combination": hidden and not rare}
             if things[0] != things[1] and wanted.get(self.split, not (rare or hidden)):
                 break
-        sizes = [pick(SIZES) for _ in things]
-        nouns = [" ".join((size, *thing) if rng.integers(2) else thing)
-                 for size, thing in zip(sizes, things)]
-        caption = f"{_article(nouns[0])} {nouns[0]}"
-        number = 1
-        if about == "counts":
-            number = int(rng.integers(2, 4))
-            plural = nouns[0] + ("es" if nouns[0].endswith("s") else "s")
-            caption = f"{'two' if number == 2 else 'three'} {plural}"
-        if about == "relation":
-            caption += f" {pick(RELATIONS[relation])} {_article(nouns[1])} {nouns[1]}"
-        background = pick(BACKGROUNDS)    # white may go without saying
-        if background != "white" or rng.integers(2):
+        objects = [(pick(SIZES), *thing) for thing in things]
+        nouns = [" ".join(words if rng.integers(2) else words[1:]) for words in objects]
+        caption, *other = [("an " if noun[0] == "o" else "a ") + noun for noun in nouns]
+        if related:
+            caption += f" {pick(RELATIONS[relation])} {other[0]}"
+        elif about == "counts":
+            number = pick(NUMBERS)
+            caption = f"{number} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
+            objects *= NUMBERS[number]
+        background = pick(BACKGROUNDS)
+        if background != "white" or rng.integers(2):    # white may go without saying
             caption += pick((" on {}", " on a {} background")).format(background)
-        objects = [(size, *thing) for size, thing in zip(sizes, things)] * number
         return objects, relation, background, caption
 
     def _draw(self, objects, boxes, background):
+        """Objects (size, colour, shape) in boxes (left, top), in cells -> uint8 (size, size, 3)."""
         cell = self.size // GRID
-        image = np.empty((self.size, self.size, 3), np.float32)
-        image[:] = BACKGROUNDS[background]
+        image = np.tile(np.uint8(BACKGROUNDS[background]), (self.size, self.size, 1))
         for (size, colour, shape), (x, y) in zip(objects, boxes):
             side = SIZES[size] * cell
             window = image[y * cell : y * cell + side, x * cell : x * cell + side]
-            window += stencil(shape, side)[..., None] * (np.float32(COLOURS[colour]) - window)
-        return np.round(image).astype(np.uint8)
-
-
-def _article(noun):
-    return "an" if noun[0] == "o" else "a"
+            covered = stencil(shape, side)[..., None]
+            window[:] = np.round(window + covered * (np.float32(COLOURS[colour]) - window))
+        return image
 
 
 def _place(sides, relation, rng):
@@ -150,7 +143,8 @@ def _place(sides, relation, rng):
     Objects side by side share their top edge: which of them the raster meets first is then plain.
     """
     for _ in range(40):
-        boxes = [tuple(int(v) for v in rng.integers(GRID + 1 - side, size=2)) for side in sides]
+        boxes = [(int(rng.integers(GRID + 1 - side)), int(rng.integers(GRID + 1 - side)))
+                 for side in sides]
         if relation in ("left of", "right of"):
             boxes[1] = boxes[1][0], min(boxes[0][1], GRID - sides[1])
         centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
@@ -163,10 +157,8 @@ def _place(sides, relation, rng):
 
 def _related(a, b, relation, margin=0.0):
     """Does centre a = (x, y) stand in `relation` to b: further along the axis than across it?"""
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    along, across = {"above": (dy, dx), "below": (-dy, dx),
-                     "left of": (dx, dy), "right of": (-dx, dy)}[relation]
-    return along >= abs(across) + margin
+    (x, y), dx, dy = DIRECTIONS[relation], b[0] - a[0], b[1] - a[1]
+    return x * dx + y * dy >= abs(y * dx + x * dy) + margin
 
 
 def read_caption(caption):
@@ -176,14 +168,13 @@ def read_caption(caption):
     """
     names = {word: name for name, words in RELATIONS.items() for word in words}
     thing = rf"(?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?"
-    match = re.fullmatch(
-        rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
-        rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
+    match = re.fullmatch(rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
+                         rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
     if not match:
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
-    number, *words = match.groups()
-    objects = [tuple(words[:3])] + ([tuple(words[4:7])] if words[3] else [])
-    return {"two": 2, "three": 3}.get(number, 1), objects, names.get(words[3]), words[7] or "white"
+    number, *words, background = match.groups()
+    objects = [tuple(words[:3])] + [tuple(words[4:])] * bool(words[3])
+    return NUMBERS.get(number, 1), objects, names.get(words[3]), background or "white"
 
 
 def kind(caption):
@@ -193,53 +184,44 @@ def kind(caption):
 
 
 def _regions(mask):
-    """4-connected regions of a boolean (H,W) mask: list of (rows, columns)."""
-    left = set(zip(*(axis.tolist() for axis in np.nonzero(mask))))
-    found = []
+    """Yields (rows, columns) of each 4-connected region of a boolean (H,W) mask."""
+    left = set(map(tuple, np.argwhere(mask).tolist()))
     while left:
-        stack, region = [left.pop()], []
-        while stack:
-            y, x = stack.pop()
-            region.append((y, x))
+        region = [left.pop()]
+        for y, x in region:    # which grows meanwhile
             near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
             left -= near
-            stack.extend(near)
-        found.append(np.array(region).T)
-    return found
+            region.extend(near)
+        yield tuple(np.transpose(region))
 
 
 def _recognise(image, background):
-    """[(size, colour, shape, centre)] of a float (S,S,3) picture in 0..255; None if anything in it
-    is not one of the objects, well formed and in one colour."""
-    cell, plain = len(image) // GRID, np.float32(BACKGROUNDS[background])
-    objects = []
-    for ys, xs in _regions(abs(image - plain).max(-1) > 40):
-        if len(ys) < cell * cell / 16:
-            continue    # noise of the tokenizer: 3 pixels of 64 x 64
+    """[(size, colour, shape, centre)] of a float (S,S,3) picture in 0..255: what must be drawn to
+    get this picture. Empty if anything in it is not an object, well formed and in one colour."""
+    cell, plain, objects = len(image) // GRID, np.float32(BACKGROUNDS[background]), []
+    image = image - plain    # 0 where the background is
+    tones = {name: np.float32(rgb) - plain for name, rgb in COLOURS.items()}
+    for ys, xs in _regions(abs(image).max(-1) > 40):
         pixels = image[ys, xs]
-        core = pixels[np.argsort(-np.square(pixels - plain).sum(-1))[: len(ys) // 2]]
-        gap, colour = min((abs(np.median(core, 0) - rgb).max(), name)
-                          for name, rgb in COLOURS.items())
-        tone = np.float32(COLOURS[colour]) - plain
-        centre = (xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2
+        if len(pixels) < cell * cell / 16:
+            continue    # noise of the tokenizer: 3 pixels of 64 x 64
+        core = np.median(pixels[np.argsort(-np.square(pixels).sum(-1))[: len(pixels) // 2]], 0)
+        gap, colour = min((abs(core - tone).max(), name) for name, tone in tones.items())
+        cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
+        y, x = ((places.min() + places.max() + 1) / 2 for places in (ys, xs))
         fits = []
-        for size, cells in SIZES.items():
-            side = cells * cell
-            left, top = (round(middle - side / 2) for middle in centre)
-            box = image[max(top, 0) : top + side, max(left, 0) : left + side]
-            if box.shape[:2] != (side, side):
-                continue    # this size would stick out of the picture
-            cover = (box - plain) @ tone / (tone @ tone)    # 1 where the colour is, 0 where not
-            outside = len(ys) - np.sum((ys >= top) & (ys < top + side)
-                                       & (xs >= left) & (xs < left + side))
-            for shape in SHAPES:
-                ideal = stencil(shape, side)
-                error = (abs(cover - ideal).sum() + outside) / ideal.sum()
-                fits.append((error, size, shape))
+        for size, shape in ((size, shape) for size in SIZES for shape in SHAPES):
+            side = SIZES[size] * cell
+            top, left = round(y - side / 2), round(x - side / 2)
+            box = cover[max(top, 0) : top + side, max(left, 0) : left + side]
+            if box.shape == (side, side):    # else this size would stick out of the picture
+                outside = (ys < top) | (ys >= top + side) | (xs < left) | (xs >= left + side)
+                missed = abs(box - stencil(shape, side)).sum() + outside.sum()
+                fits.append((missed / stencil(shape, side).sum(), size, shape))
         error, size, shape = min(fits, default=(1.0, None, None))
         if gap > 35 or error > 0.15:
-            return None
-        objects.append((size, colour, shape, centre))
+            return []
+        objects.append((size, colour, shape, (x, y)))
     return objects
 
 
@@ -253,15 +235,12 @@ def check(image, caption):
     if isinstance(image, torch.Tensor):
         image = image.detach().float().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
     number, wanted, relation, background = read_caption(caption)
-    found = _recognise(image.astype(np.float32), background)
-    if found is None or len(found) != number * len(wanted):
-        return False
-    for order in (found, found[::-1]):
-        fits = all(size in (None, got[0]) and (colour, shape) == got[1:3]
-                   for (size, colour, shape), got in zip(wanted * number, order))
-        if fits and (relation is None or _related(order[0][3], order[1][3], relation)):
-            return True
-    return False
+    wanted, found = wanted * number, _recognise(image.astype(np.float32), background)
+    return len(found) == len(wanted) and any(
+        all(size in (None, got[0]) and (colour, shape) == got[1:3]
+            for (size, colour, shape), got in zip(wanted, order))
+        and (relation is None or _related(order[0][3], order[1][3], relation))
+        for order in (found, found[::-1]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,14 +248,15 @@ def check(image, caption):
 # ---------------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CAPTION_KEYS = ("text", "caption", "prompt")    # of metadata rows and of .json files
+LISTS = ("metadata.jsonl", "metadata.csv")      # as Hugging Face's ImageFolder
+CAPTION_KEYS = ("text", "caption", "prompt")    # in the rows of any caption file
 
 
 class BadImage(Exception):
     """A picture that cannot be read, BadImage(name, reason); `batches` skips and counts it."""
 
 
-def open_image(file, draft=None):
+def open_image(file, draft=math.inf):
     """Any picture file -> PIL image in mode RGB, the way a viewer shows it.
 
     file: path or binary file object. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 size, the
@@ -286,8 +266,7 @@ def open_image(file, draft=None):
     """
     try:
         image = Image.open(file)
-        if draft:
-            image.draft(None, (draft, draft))
+        image.draft(None, (draft, draft))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):    # 16 bits: PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
@@ -330,11 +309,8 @@ def prior_crop(image, size, rng):
     PIL image -> uint8 (size, size, 3): square near the centre, t in [1, 9/8]·size. Never
     flipped, since pictures may hold writing.
     """
-    def near_centre(slack):
-        low = 3 * slack // 8
-        return rng.integers(low, max(low + 1, 5 * slack // 8))
-
-    return _crop(image, size, rng, near_centre, (1, 9 / 8))
+    return _crop(image, size, rng, lambda slack: rng.integers(
+        3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8)), (1, 9 / 8))
 
 
 def centre_crop(image, size, rng=None):
@@ -350,35 +326,60 @@ def _inside(name, where):
 
 
 def _index(path):
-    """{name: (file on disk, offset, size, key)} of all files below a folder or in a .tar.
+    """{name: (key, file on disk, offset, size)} of all files below a folder or in a .tar.
 
     Shards are read in place: only the offsets of their members are kept, so that access is
     random and nothing is ever unpacked. A shard counts as a folder of its name. A picture and
     its caption file share the key: the name up to the last dot; in a shard, up to the first.
     """
-    if not (os.path.isdir(path) or os.path.isfile(path) and str(path).lower().endswith(".tar")):
-        raise SystemExit(f"--data {path}: expected a folder or a .tar file that exists")
     files = {}
-    for folder, _, bases in list(os.walk(path)) or [("", [], [path])]:
-        for file in (os.path.join(folder, base) for base in bases):
-            name = os.path.relpath(file, path).replace(os.sep, "/")
-            if not file.lower().endswith(".tar"):
-                files[name] = file, 0, -1, posixpath.splitext(name)[0]
-                continue
-            try:
-                with tarfile.open(file, "r:") as shard:
-                    members = shard.getmembers()
-            except (tarfile.TarError, OSError) as error:
-                raise SystemExit(f"{file} is not a whole, uncompressed .tar ({error}); replace it")
-            for member in members:
-                inner = posixpath.normpath(posixpath.join(name, _inside(member.name, file)))
-                if not (member.isreg() or member.isdir()) or member.issparse():
-                    raise SystemExit(f"{file}: {inner} is a link; expected plain files")
-                if member.isreg():
-                    stem = posixpath.basename(inner).split(".")[0]
-                    key = posixpath.join(posixpath.dirname(inner), stem)
-                    files[inner] = file, member.offset_data, member.size, key
+    found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
+    for file in found or [str(path)]:
+        name = os.path.relpath(file, path).replace(os.sep, "/")
+        if not file.lower().endswith(".tar"):
+            files[name] = posixpath.splitext(name)[0], file, 0, -1
+            continue
+        try:
+            with tarfile.open(file, "r:") as shard:
+                for member in shard:
+                    inner = posixpath.normpath(posixpath.join(name, _inside(member.name, file)))
+                    key = re.match(r"(.*/)?[^/.]*", inner)[0]
+                    if member.isreg() and not member.issparse():
+                        files[inner] = key, file, member.offset_data, member.size
+                    elif not member.isdir():
+                        raise SystemExit(f"{file}: {inner} is a link; expected plain files")
+                shard.fileobj.seek(shard.offset)
+                if shard.fileobj.read(512) != bytes(512):    # tarfile takes any end for the end
+                    raise tarfile.ReadError("it is cut short or damaged")
+        except (tarfile.TarError, OSError) as error:
+            raise SystemExit(f"{file} is not a whole, uncompressed .tar ({error}); replace it")
     return files
+
+
+def _rows(file, content, errors="strict"):
+    """The rows of a caption file, dicts: of a table, with a file_name; of a .txt, its lines."""
+    text, ending = content.decode("utf-8-sig", errors), posixpath.splitext(file)[1].lower()
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a Git-LFS pointer in the place of the file: git lfs pull")
+    if ending == ".csv":    # only the csv module can tell rows from line breaks
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    lines = [line for line in text.split("\n") if line.strip()]
+    if ending == ".txt":
+        return [{"text": line} for line in lines]
+    if ending == ".jsonl":
+        return [json.loads(line) for line in lines]
+    table = json.loads(text)
+    if "annotations" not in table:
+        return [table]
+    pictures = {image["id"]: image["file_name"] for image in table["images"]}    # COCO
+    return [{**row, "file_name": pictures[row["image_id"]]} for row in table["annotations"]
+            if row["image_id"] in pictures]
+
+
+def _caption(row):
+    """The caption in a row of a caption file, on one line. Raises LookupError without one."""
+    text = [row[key] for key in CAPTION_KEYS if key in row][0]
+    return " ".join(str(text or "").split())
 
 
 class Pictures:
@@ -394,45 +395,33 @@ class Pictures:
     """
 
     def __init__(self, path, captions=None, size=256, crop=tokenizer_crop, split="train"):
-        self.size, self.crop = size, crop
-        self.files = _index(path)
+        self.size, self.crop, self.files = size, crop, _index(path)
         names = [name for name in sorted(self.files) if name.lower().endswith(EXTENSIONS)
                  and not posixpath.basename(name).startswith(".")]
         if not names:
-            raise SystemExit(f"--data {path}: no picture in it; looked for {' '.join(EXTENSIONS)}")
-        lists = [name for name in sorted(self.files)
-                 if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
-        if captions:
-            lists = [str(captions)]
-            self.files[lists[0]] = captions, 0, -1, ""
-        self.listed = {}
-        for file in lists:
-            self.listed.update(self._listed(file, bool(captions)))
-        if lists:
-            names = [name for name in names if name in self.listed]
-        if not names:
-            raise SystemExit(f"--data {path}: {lists[0]} names no picture that is there")
-        texts = {self.files[name][3]: name for name in sorted(self.files)
+            raise SystemExit(f"--data {path}: no picture in it; expected a folder or a .tar file "
+                             f"that exists and holds {' '.join(EXTENSIONS)}")
+        texts = {self.files[name][0]: name for name in sorted(self.files)
                  if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
-        keys = {name: self.files[name][3] for name in names}
-        self.texts = {name: texts[key] for name, key in keys.items() if key in texts}
-        held_out = [name for name in names if zlib.crc32(os.fsencode(name)) % 50 == 0]
-        chosen = sorted(set(names) - set(held_out)) if split == "train" else held_out
-        self.names = chosen if 0 < len(chosen) < len(names) else names    # too few to be split
+        beside = {name: texts.get(self.files[name][0], []) for name in names}
+        if not any(beside.values()):
+            beside = {name: [_folder(name)] for name in names}
+        self.texts = self._listed(names, captions) or beside    # {picture: captions or their file}
+        train = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50}
+        chosen = train if split == "train" else self.texts.keys() - train
+        self.names = sorted(chosen or self.texts)    # too few cannot be split
 
     def __len__(self):
         return len(self.names)
 
-    def sample(self, index, rng=None):
-        """-> uint8 (size, size, 3), caption. Without rng: central crop, first caption."""
+    def sample(self, index, rng):
+        """-> uint8 (size, size, 3), caption. Raises BadImage."""
         name = self.names[index]
         try:    # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing
-            image = open_image(io.BytesIO(self._read(name)), draft=round(1.5 * self.size))
+            image = open_image(io.BytesIO(self._read(name)), round(1.5 * self.size))
             captions = self._captions(name)
         except (BadImage, OSError) as error:
             raise BadImage(name, error.args[-1]) from None
-        if rng is None:
-            return centre_crop(image, self.size), captions[0]
         return self.crop(image, self.size, rng), captions[rng.integers(len(captions))]
 
     def captions(self, n):
@@ -441,69 +430,56 @@ class Pictures:
         return [caption for name in names for caption in self._captions(name)][:n]
 
     def _read(self, name):
-        file, offset, size, _ = self.files[name]
-        with open(file, "rb") as stream:
-            stream.seek(offset)
-            return stream.read(size)
+        _, file, offset, size = self.files[name]
+        return np.fromfile(file, np.uint8, size, offset=offset).tobytes()
 
     def _captions(self, name):
         """All captions of a picture: at least one, which may be empty."""
-        if self.listed:
-            return self.listed[name]
-        folder = posixpath.basename(posixpath.dirname(name))
-        if not self.texts:    # numbers and shards, as in 00000/00000.png, are no captions
-            named = any(map(str.isalpha, folder)) and not folder.lower().endswith(".tar")
-            return [folder.replace("_", " ") if named else ""]
-        if name not in self.texts:
-            return [""]
-        lines = self._read(self.texts[name]).decode("utf-8-sig", errors="replace")
-        if self.texts[name].lower().endswith(".json"):
+        texts = self.texts[name]
+        if isinstance(texts, str):
             try:
-                lines = _caption(json.loads(lines))
-            except (ValueError, KeyError, TypeError):    # about something other than the caption
-                lines = ""
-        return [" ".join(line.split()) for line in lines.split("\n") if line.strip()] or [""]
+                texts = [_caption(row) for row in _rows(texts, self._read(texts), "replace")]
+            except (ValueError, LookupError, TypeError):    # a .json without a caption
+                texts = []
+        return texts or [""]
 
-    def _listed(self, file, coco):
-        """{picture: its captions} of metadata.jsonl, metadata.csv or COCO captions JSON.
+    def _listed(self, names, captions):
+        """The captions in COCO captions JSON or in metadata files, {} without either.
 
         The names in metadata are relative to it; those in COCO files to any folder of the data.
         """
-        try:
-            text = self._read(file).decode("utf-8-sig")
-            if text.startswith("version https://git-lfs"):
-                raise SystemExit(f"{file} is a Git-LFS pointer, not the file itself: git lfs pull")
-            if coco:
-                content = json.loads(text)
-                pictures = {image["id"]: image["file_name"] for image in content["images"]}
-                rows = [{**row, "file_name": pictures[row["image_id"]]}
-                        for row in content["annotations"] if row["image_id"] in pictures]
-            elif file.endswith(".csv"):    # only the csv module can tell rows from line breaks
-                rows = csv.DictReader(io.StringIO(text, newline=""))
-            else:
-                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(_inside(row["file_name"], file), _caption(row)) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            expected = "COCO captions JSON" if coco else "rows with file_name and text"
-            raise SystemExit(f"{file}: {error!r}; expected {expected}")
-        folders = {posixpath.dirname(name) for name in self.files} if coco else set()
-        folders |= {posixpath.dirname(folder) for folder in folders or [file]}
-        listed = {}
-        for name, caption in pairs:
-            paths = (posixpath.join(folder, name) for folder in folders)
-            found = [path for path in paths if path in self.files]
-            if len(found) > 1:
-                raise SystemExit(f"{file}: {name} may be {' or '.join(sorted(found))}; give --data "
-                                 "the folder that it lies in")
-            for path in found:
-                listed.setdefault(path, []).append(caption)
+        lists = [file for file in sorted(self.files) if posixpath.basename(file) in LISTS]
+        if captions:
+            lists = [str(captions)]
+            self.files[lists[0]] = "", captions, 0, -1
+        alike, listed = {}, {}
+        for name in names:
+            alike.setdefault(posixpath.basename(name), []).append(name)
+        for file in lists:
+            try:
+                rows = [(_inside(row["file_name"], file), _caption(row))
+                        for row in _rows(file, self._read(file))]
+            except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+                expected = "COCO captions JSON" if captions else "rows with file_name and text"
+                raise SystemExit(f"{file}: {error!r}; expected {expected}")
+            for name, caption in rows:
+                path = name if captions else posixpath.join(posixpath.dirname(file), name)
+                found = [other for other in alike.get(posixpath.basename(path), ())
+                         if other == path or captions and other.endswith("/" + path)]
+                if len(found) > 1:
+                    raise SystemExit(f"{file}: {name} may be {' or '.join(found)}; give --data "
+                                     "the folder that it lies in")
+                for picture in found:
+                    listed.setdefault(picture, []).append(caption)
+        if lists and not listed:
+            raise SystemExit(f"{lists[0]} names no picture that is there")
         return listed
 
 
-def _caption(row):
-    """The caption in a row of a metadata file, on one line. Raises KeyError if there is none."""
-    text = row[next(filter(row.__contains__, CAPTION_KEYS), CAPTION_KEYS[0])]
-    return " ".join(str(text or "").split())
+def _folder(name):
+    """The caption in the name of a picture's folder; numbers and shards, as in 00000, are none."""
+    folder = posixpath.basename(posixpath.dirname(name))
+    return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
 
 
 def open_data(path, captions=None, size=256, crop=tokenizer_crop, split="train", seed=0):
@@ -518,22 +494,20 @@ def save_grid(path, rows, labels=None):
 
     Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
     """
-    side = rows[0].shape[-1]
-    zoom = max(1, 128 // side)
-    cell, foot = side * zoom + 4, 18 if labels else 0
-    sheet = Image.new("RGB", (cell * max(map(len, rows)), (cell + foot) * len(rows)), "white")
-    for y, row in enumerate(rows):
+    zoom, foot, n = max(1, 128 // rows[0].shape[-1]), 18 if labels else 0, max(map(len, rows))
+    strips = []
+    for row in rows:
         pixels = row.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-        for x, picture in enumerate(pixels.cpu().numpy()):
-            picture = Image.fromarray(picture).resize((side * zoom,) * 2, Image.NEAREST)
-            sheet.paste(picture, (x * cell + 2, y * (cell + foot) + 2))
-        if labels:
-            letters = sheet.width // 6
-            label = labels[y] if len(labels[y]) <= letters else labels[y][: letters - 3] + "..."
-            ImageDraw.Draw(sheet).text((3, y * (cell + foot) + cell), label, "black")
-    temporary = f"{path}.tmp"
-    sheet.save(temporary, "PNG")
-    os.replace(temporary, path)
+        pixels = pixels.cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)    # (n,h,w,3)
+        frame = (0, n - len(row)), (2, 2 + foot), (2, 2), (0, 0)
+        strips.append(np.hstack(np.pad(pixels, frame, constant_values=255)))    # (h,n·w,3)
+    sheet = Image.fromarray(np.vstack(strips))
+    letters = sheet.width // 6
+    for y, label in enumerate(labels or ()):
+        label = label if len(label) <= letters else label[: letters - 3] + "..."
+        ImageDraw.Draw(sheet).text((3, (y + 1) * len(strips[0]) - foot), label, "black")
+    sheet.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -576,13 +550,12 @@ class Text:
         self.length, self.vocab, self.truncated = length, self.pieces.vocab_size(), 0
 
     def __call__(self, captions):
-        ids = torch.zeros(len(captions), self.length, dtype=torch.int64)    # (B,T)
+        ids = torch.full((len(captions), self.length), PAD)    # (B,T)
         for row, tokens in zip(ids, self.pieces.encode(list(captions))):
-            if not tokens:
-                continue
-            self.truncated += len(tokens) >= self.length
-            tokens = tokens[: self.length - 1] + [EOS]
-            row[: len(tokens)] = torch.tensor(tokens)
+            if tokens:
+                self.truncated += len(tokens) >= self.length
+                tokens = [*tokens[: self.length - 1], EOS]
+                row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
 
