@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 optimizers import it: here, once for all processes
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
@@ -1911,7 +1912,8 @@ def test_walk_through_runs(capsys):
 
 # --- training stage 1 ----------------------------------------------------------------------------
 
-SMALL_STAGE1 = "--width 32 --mlp 64 --codes 64 --save-every 6 --device cpu --dtype float32"
+SMALL_STAGE1 = "--image-size 32 --width 32 --mlp 64 --codes 64 --save-every 6 --device cpu "
+SMALL_STAGE1 += "--dtype float32"
 GAN_STAGE1 = "--adversarial 0.1 --channels 128"
 
 
@@ -1946,7 +1948,7 @@ def test_stage_1_killed_and_continued_is_uninterrupted_bit_for_bit(tmp_path):
 
     train_stage1(whole, "--stage decoder --steps 3 --batch 2 --device cpu")
     before, after = (vqgan.load(whole / name) for name in ("vqgan.pt", "decoder.pt"))
-    images = next(data.batches(data.Scenes(), 8, 0, 0, 1))[0] / 255
+    images = next(data.batches(data.Scenes(size=32), 8, 0, 0, 1))[0] / 255
     assert torch.equal(before.encode(images), after.encode(images))
     assert after.config.sizes("decoder_") == (192, 4, 6, 768)
     moved = saved_stage1(whole, "decoder")["model"]["decoder.project.bias"]
@@ -1957,12 +1959,13 @@ def test_stage_1_killed_and_continued_is_uninterrupted_bit_for_bit(tmp_path):
 def test_stage_1_two_processes_equal_one_with_the_gan(tmp_path):
     """On the same global batch, to rounding. The discriminator compares groups of 4 neighbours:
     each process holds whole groups."""
-    critic, images = Discriminator(64, 128), torch.rand(8, 3, 64, 64)
+    critic, images = Discriminator(32, 128), torch.rand(8, 3, 32, 32)
     with torch.no_grad():
         apart = torch.cat([critic(part) for part in images.split(4)])
         if not torch.allclose(critic(images), apart, atol=1e-5):
             pytest.skip("the groups are not neighbours")
-    options = f"{SMALL_STAGE1} {GAN_STAGE1} --batch 8 --steps 6 --log-every 1 --lr 1e-4 --autoencoder 0"
+    options = f"{SMALL_STAGE1} {GAN_STAGE1} --batch 8 --steps 6 --log-every 1 --lr 1e-4"
+    options += " --autoencoder 0"
     train_stage1(tmp_path / "one", options)
     train_stage1(tmp_path / "two", options, world=2)
     one, two = (log_of(tmp_path / name, "vqgan") for name in ("one", "two"))

@@ -204,9 +204,7 @@ def main():
     size = config.image_size * (options.scale if tokenizer else 1)
     how = {"tokenizer": tokenizer.to(run.device)} if tokenizer else {}
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
-    lpips = None
-    if recipe.perceptual:
-        lpips = vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
+    lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     networks = [network.to(run.device) for network in (model, critic) if network]
     optimizers = [torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], recipe.lr,
                                     (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
