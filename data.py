@@ -1010,7 +1010,7 @@ class Run:
                     optimizer.step()
                 optimizer.zero_grad()
 
-            # Once in a while: log, evaluate, save.
+            # Once in a while: evaluate, log, save; the log first, lest a kill lose its row.
             seconds = time.perf_counter() - began
             if self.device.type == "cpu" and step == self.start + 20:
                 say(f"about {seconds / 20 * (recipe.steps - step) / 60:.1f} minutes left")

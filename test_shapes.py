@@ -1039,8 +1039,8 @@ def save_for_ever(out):
     os.replace(out / "writing", out / "began")  # whole or not there: the kill may come at once
     while True:
         step += 1
+        run.log(step, {"loss": step / 2})  # in this order: no step is missing after a kill
         run.save(step, {"model": [torch.full((50_000,), float(step)) for _ in range(4)]})
-        run.log(step, {"loss": step / 2})
 
 
 @slow
