@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import tarfile
-import threading
+import time
 import zlib
 from datetime import timedelta
 from functools import lru_cache
@@ -23,6 +23,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from torch import nn
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
@@ -570,45 +571,49 @@ class Text:
 # 4. Stream: the order of the data is a function of (seed, step, slot) and of nothing else
 # ---------------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=2)
+def permutation(seed, epoch, length):
+    """The order in which an epoch shows the pictures."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(length)
+
+
 class Stream(torch.utils.data.Dataset):
-    """Endless: position p = step·batch + slot -> (pixels, caption, {bad file met: reason}).
+    """Endless: step -> this process's slice of its batch, as uint8 (b,3,S,S), captions, and the
+    bad files met, {name: reason}. The pictures are None if 100 files in a row were bad.
 
     Every epoch is its own permutation of the pictures; built-in scenes never repeat. The
-    generator of a sample, for augmentation and for caption dropout, is seeded by (seed, p), so
-    neither workers nor processes nor a resume change anything, and no state has to be saved.
+    generator of a sample, for augmentation and for caption dropout, is seeded by (seed, position),
+    position = step·batch + slot, so neither workers nor processes nor a resume change anything,
+    and no state has to be saved. drop: probability of an empty caption.
     """
 
-    def __init__(self, dataset, seed, drop=0.0):
-        self.dataset, self.seed, self.drop = dataset, seed, drop
-        self.epoch, self.order = -1, None
+    def __init__(self, dataset, batch, seed, rank=0, world=1, drop=0.0):
+        self.dataset, self.batch, self.seed, self.drop = dataset, batch, seed, drop
+        self.slots = range(batch * rank // world, batch * (rank + 1) // world)
+
+    def __getitem__(self, step):
+        bad = {}
+        samples = [self._sample(step * self.batch + slot, bad) for slot in self.slots]
+        if None in samples:
+            return None, [], bad
+        pixels, captions = zip(*samples)                                   # (S,S,3) each
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)    # (b,3,S,S)
+        return images.contiguous(), list(captions), bad
+
+    def _sample(self, position, bad):
+        rng = np.random.default_rng((self.seed, position))
+        for offset in range(100):    # a bad file gives way to the next one in the same order
+            try:
+                pixels, caption = self.dataset.sample(self._index(position + offset), rng)
+                return pixels, "" if rng.random() < self.drop else caption
+            except BadImage as error:
+                bad[error.args[0]] = error.args[-1]
 
     def _index(self, position):
         if isinstance(self.dataset, Scenes):
             return position
         epoch, place = divmod(position, len(self.dataset))
-        if epoch != self.epoch:
-            order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.dataset))
-            self.epoch, self.order = epoch, order
-        return int(self.order[place])
-
-    def __getitem__(self, position):
-        rng = np.random.default_rng((self.seed, position))
-        bad = {}
-        for offset in range(100):    # a bad file gives way to the next one in the same order
-            try:
-                pixels, caption = self.dataset.sample(self._index(position + offset), rng)
-                return pixels, "" if rng.random() < self.drop else caption, bad
-            except BadImage as error:
-                bad[error.args[0]] = error.args[-1]
-        return None, "", bad
-
-
-def _collate(samples):
-    pixels, captions, bad = zip(*samples)
-    bad = {name: reason for met in bad for name, reason in met.items()}
-    if any(picture is None for picture in pixels):
-        return None, captions, bad
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions, bad
+        return int(permutation(self.seed, epoch, len(self.dataset))[place])
 
 
 def _deaf(worker):
@@ -624,34 +629,75 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
     is None. drop: probability of an empty caption. Bad files are named once; SystemExit lists
     them when they are more than 2 % (of the data; of what was read so far, from 10,000 on).
     """
-    if batch < 1 or batch % world:
-        raise SystemExit(f"--batch {batch}: expected a positive multiple of the {world} processes")
-    share = batch // world
-    first = (step * batch + rank * share for step in range(start, steps))
     loader = torch.utils.data.DataLoader(
-        Stream(dataset, seed, drop), batch_sampler=(range(p, p + share) for p in first),
-        num_workers=workers, collate_fn=_collate, worker_init_fn=_deaf,
-        pin_memory=torch.cuda.is_available(),
+        Stream(dataset, batch, seed, rank, world, drop), None, sampler=range(start, steps),
+        num_workers=workers, worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
-    known, seen = {}, 0
-    for images, captions, bad in loader:
-        seen += share
+    known = {}
+    for step, (images, captions, bad) in enumerate(loader, 1):
         for name in bad.keys() - known.keys():
             known[name] = bad[name]
             tqdm.write(f"skipped a bad picture ({len(known)} so far): {name}: {bad[name]}")
-        if images is None or len(known) > 0.02 * min(len(dataset), max(seen, 10_000)):
+        seen = max(step * batch // world, 10_000)
+        if images is None or len(known) > 0.02 * min(len(dataset), seen):
             raise SystemExit(f"{len(known)} of {len(dataset)} pictures are bad, more than 2 %; "
                              f"repair or remove: {', '.join(sorted(known)[:100])}")
-        yield images, text(captions) if text else list(captions)
+        yield images, text(captions) if text else captions
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Runtime: options, processes, checkpoints, logs, schedules
+# 5. Runtime: options, processes, checkpoints, logs, the training loop of both stages
 # ---------------------------------------------------------------------------------------------
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise SystemExit(f"{message}; --help lists the options")
+def option(default, help, **more):
+    """A field of a dataclass that `parse` turns into an option. more: choices; least, its least
+    value, when that is not 1 for a whole number whose default is above 0, and 0 otherwise."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run does and where, beside the sizes of the model and the recipe."""
+    data: str = option("", "folder or .tar; empty: built-in scenes")
+    preset: str = option("", "sizes and recipe; empty: tiny, and the papers' with --data")
+    out: str = option("out/", "folder of checkpoints, logs and pictures")
+    workers: int = option(0, "processes that load data")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("auto", "auto, float32 or bfloat16")
+    compile: bool = False
+    fresh: bool = option(False, "start over")
+    wandb: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train: what both stages share. The papers' values stand in the scripts."""
+    steps: int
+    batch: int = option(256, "pictures per step, over all processes")
+    accumulate: int = option(1, "parts that a batch is computed in")
+    lr: float
+    warmup: int = option(0, "steps in which the rate grows to lr", least=0)
+    schedule: str = option("cosine", "of the rate", choices=("cosine", "exponential", "linear"))
+    decay_from: int = option(0, "step at which the rate begins to fall", least=0)
+    final: float = option(0.5, "last rate as a fraction of lr")
+    weight_decay: float
+    clip: float = option(math.inf, "largest norm of the gradient")
+    seed: int = option(0, "of weights, data and dropout")
+    log_every: int = 10
+    save_every: int = option(5_000, "steps; evaluates, too")
+
+    def rate(self, step):
+        """The learning rate of update `step`, counted from 1: linear warm-up, then "cosine"
+        (ViT-VQGAN §5.1), or flat to decay_from and then "exponential" (Parti §3) or "linear"."""
+        if step < self.warmup:
+            return self.lr * step / self.warmup
+        begin = max(self.warmup, self.decay_from)
+        progress = min(max(step - begin, 0) / max(self.steps - begin, 1), 1.0)
+        if self.schedule == "exponential":
+            return self.lr * self.final**progress
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        left = cosine if self.schedule == "cosine" else 1 - progress    # from 1 to 0
+        return self.lr * (self.final + (1 - self.final) * left)
 
 
 def parse(description, options, presets=None, recipes=None, large="", argv=None):
@@ -659,43 +705,47 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
 
     options: dataclass with defaults, holding at least `data` and `preset` if there are presets.
     presets, recipes: {name: dataclass} with "tiny" among the names; `large` names the preset
-    that --data brings. What is given explicitly overrides the preset. A field's metadata may
-    hold "help" and "choices". Raises SystemExit with one line.
+    that --data brings. What is given explicitly overrides the preset. Raises SystemExit with one
+    line, also for numbers below 0 and sizes below 1, see `option`.
     """
-    parser = _Parser(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    def fail(message):
+        raise SystemExit(f"{message}; --help lists the options")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="In brackets: the default, or that of preset tiny.")
+    parser.error = fail
     parts = [presets["tiny"], recipes["tiny"], options] if presets else [options]
-    fields = {field.name: (field, part) for part in parts for field in dataclasses.fields(part)}
-    for name, (field, part) in fields.items():
-        value = getattr(part, name)
-        how = {"type": type(value), "choices": field.metadata.get("choices")}
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+    fields = {field.name: (getattr(part, field.name), field.metadata)
+              for part in parts for field in dataclasses.fields(part)}
+    for name, (default, more) in fields.items():
+        flag, how = "--" + name.replace("_", "-"), {"type": type(default)}
+        if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        if isinstance(value, tuple):    # words, before, between and after the options
-            option, how = name, {"nargs": "*"}
-        shown = f"(default {value})" if part is options else "(default: the preset's)"
-        parser.add_argument(option, default=argparse.SUPPRESS, **how,
-                            help=f"{field.metadata.get('help', '')} {shown}".strip())
+        elif isinstance(default, tuple):    # words, before, between and after the options
+            flag, how = name, {"nargs": "*"}
+        parser.add_argument(flag, default=argparse.SUPPRESS, choices=more.get("choices"), **how,
+                            help=f"{more.get('help', '')} [{default}]".strip())
     given = vars(parser.parse_intermixed_args(argv))
     for name, value in given.items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected a number of at least 0")
+        default, more = fields[name]
+        least = more.get("least", int(isinstance(default, int) and default > 0))
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
 
     def override(part):
         own = {field.name for field in dataclasses.fields(part)}
         return dataclasses.replace(part, **{k: v for k, v in given.items() if k in own})
 
-    options = override(options)
     if not presets:
-        return options, None, None
-    options.preset = options.preset or (large if options.data else "tiny")
-    if options.preset not in presets:
-        parser.error(f"--preset {options.preset}: expected one of {', '.join(presets)}")
+        return override(options), None, None
+    preset = given["preset"] = given.get("preset") or (large if given.get("data") else "tiny")
+    if preset not in presets:
+        fail(f"--preset {preset}: expected one of {', '.join(presets)}")
     try:
-        return options, override(presets[options.preset]), override(recipes[options.preset])
+        return tuple(override(part) for part in (options, presets[preset], recipes[preset]))
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
 
 
 def say(message):
@@ -707,19 +757,18 @@ def say(message):
 def pick(device="auto", dtype="auto"):
     """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice."""
     local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
-    here = ["cuda"] * (torch.cuda.is_available() and local < torch.cuda.device_count())
+    here = ["cuda"] * (local < torch.cuda.device_count())
     here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = here[0] if device == "auto" else device
-    if name not in here:
-        raise SystemExit(f"--device {device}: process {local} has none; expected auto, {here}")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise SystemExit(f"--dtype {dtype}: expected auto, float32 or bfloat16")
-    fast = False    # without instructions for it, bfloat16 is slower than float32
+    if name not in here or dtype not in ("auto", "float32", "bfloat16"):
+        raise SystemExit(f"--device {device} --dtype {dtype}: process {local} has auto, "
+                         f"{', '.join(here)}, and auto, float32, bfloat16")
     if name == "cuda":
         torch.cuda.set_device(local)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif name == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:    # without instructions for it, bfloat16 is slower than float32
+        fast = name == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                  or torch.cpu._is_avx512_bf16_supported())
     wide = dtype == "float32" or dtype == "auto" and not fast
     return torch.device(name), torch.float32 if wide else torch.bfloat16
 
@@ -743,152 +792,131 @@ def launch(main):
         dist.destroy_process_group()
 
 
-def read_checkpoint(path):
-    """A checkpoint file -> its dict, on the CPU; SystemExit if it is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist (on several machines, --out must be shared)")
-    except Exception as error:    # depending on where it was cut: five kinds, many lines
-        raise SystemExit(f"{path} is damaged ({type(error).__name__}); put the one before, "
-                         f"{Path(path).with_suffix('.prev.pt')}, in its place, or use --fresh")
-
-
 def _differences(there, here):
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return "; ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
 class Run:
-    """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv.
+    """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv, its loop.
 
-    .rank .world .main (is this rank 0?) .device .dtype .stopping .skipped (steps that were not
-    finite). Plain `python` is one process; torchrun brings more (gloo on CPU, NCCL on CUDA).
+    .rank .world .main (is this rank 0?) .device .dtype .autocast .start (steps done before)
+    .stopping .skipped (steps that were not finite). Plain `python` is one process; torchrun brings
+    more (gloo on CPU, NCCL on CUDA). Order: Run, `resume`, load what it returns, `train`.
     """
 
-    def __init__(self, out="out", name="run", device="auto", dtype="auto", fresh=False,
-                 wandb=False):
+    def __init__(self, options, recipe, name):
+        self.options, self.recipe, self.name = options, recipe, name
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.main, self.fresh = self.rank == 0, fresh
-        self.device, self.dtype = pick(device, dtype)
+        self.main = self.rank == 0
+        if recipe.batch % (self.world * recipe.accumulate):
+            raise SystemExit(f"--batch {recipe.batch}: expected a multiple of {self.world} "
+                             f"processes times --accumulate {recipe.accumulate}")
+        self.device, self.dtype = pick(options.device, options.dtype)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16,
+                                       enabled=self.dtype == torch.bfloat16)
         if "RANK" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.path, self.previous, self.temporary, self.csv = (
-            Path(out) / (name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
-        self.stopping, self.skipped, self.in_a_row, self.logged = False, 0, 0, -1
-        self.writer, self.problem, self.tracker = None, "", None
+            Path(options.out, name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
+        self.start = self.skipped = self.in_a_row = self.logged = 0
+        self.stopping, self.problem = False, ""
+        self.tracker = self.columns = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if wandb and self.main:
-                import wandb as tracker
-                self.tracker = tracker.init(project="parti", name=name, dir=str(out))
+            if options.wandb and self.main:
+                import wandb
+                self.tracker = wandb.init(project="parti", name=name, dir=options.out)
         except OSError as error:
-            raise SystemExit(f"--out {out}: expected a folder that can be written ({error})")
+            raise SystemExit(f"--out {options.out}: expected a folder to write into ({error})")
         except ImportError:
             raise SystemExit("--wandb: the package is not here; pip install wandb")
 
-    def resume(self, config, recipe):
+    def resume(self, config, read):
         """-> the checkpoint's dict, or None to begin at step 0; all processes call it together.
 
-        config and recipe: plain dicts. A checkpoint of another config is refused; a recipe that
-        has changed is pointed out. From here on SIGTERM and Ctrl-C only set .stopping.
+        config: a plain dict; read: path -> dict, or SystemExit if the file is damaged. A
+        checkpoint of another config is refused; a recipe that has
+        changed is pointed out. From here on SIGTERM and Ctrl-C only set .stopping.
         """
         found = [False]
-        if self.main:    # a kill between the two renames of _write leaves only the previous one
+        if self.main:    # a kill between the two renames of `save` leaves only the previous one
             self.temporary.unlink(missing_ok=True)
             if not self.path.exists() and self.previous.exists():
                 os.replace(self.previous, self.path)
-            found = [self.path.exists() and not self.fresh]
+            found = [self.path.exists() and not self.options.fresh]
         if self.world > 1:
             dist.broadcast_object_list(found)
-        state = read_checkpoint(self.path) if found[0] else None
-        if state:
-            if different := _differences(state["config"], config):
+        saved = read(self.path) if found[0] else None
+        if saved:
+            if different := _differences(saved["config"], config):
                 raise SystemExit(f"{self.path} has another configuration ({different}); use the "
                                  "same options, another --out, or --fresh")
-            finished = state["step"] >= recipe["steps"]
-            say(f"{self.path}: {'finished; --fresh starts over' if finished else 'continuing'}, "
-                f"step {state['step']} of {recipe['steps']} "
-                + _differences(state["recipe"], recipe))
+            self.start, steps = saved["step"], self.recipe.steps
+            how = "finished; --fresh starts over" if self.start >= steps else "continuing"
+            say(f"{self.path}: {how}, step {self.start} of {steps} "
+                + _differences(saved["recipe"], dataclasses.asdict(self.recipe)))
         if self.main and self.csv.exists():
-            self._reopen_log(keep=found[0])
+            if saved:
+                self._reopen_log()
+            else:
+                os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        return state
+            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+        self.config = config
+        return saved
 
-    def _stop(self, *_):
-        self.stopping = True
-
-    def _reopen_log(self, keep):
-        rows = self.csv.read_bytes()
-        rows = rows[: rows.rfind(b"\n") + 1]    # a kill may have torn the last row
-        os.truncate(self.csv, len(rows))
-        last = rows.decode().split("\n")[-2:][0].split(",")[0]
-        self.logged = int(last) if keep and last.isdigit() else -1
-        if not keep:
-            os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
+    def _reopen_log(self):
+        """Cut off what a kill tore, and find the last step."""
+        lines = self.csv.read_bytes().splitlines(keepends=True)
+        rows = [line for line in lines if line.endswith(b"\n")]
+        os.truncate(self.csv, sum(map(len, rows)))
+        if rows:
+            self.columns = rows[0].decode().strip().split(",")
+            self.logged = int(rows[-1].split(b",")[0]) if rows[1:] else 0
 
     def log(self, step, row):
         """Append {name: number} to the log, on rank 0. A step that is there already is left alone.
 
         The first row decides the columns: give all of them, None where there is no value.
         """
-        if self.main and step > self.logged:
-            with open(self.csv, "a+", encoding="utf-8", newline="") as file:
-                file.seek(0)
-                columns = file.readline().split()
-                writer = csv.DictWriter(file, columns[0].split(",") if columns else ["step", *row])
-                if not columns:
-                    writer.writeheader()
-                writer.writerow({"step": step, **row})
-            self.logged = step
-            if self.tracker:
-                self.tracker.log(row, step=step)
+        if not self.main or step <= self.logged:
+            return
+        self.columns, self.logged = self.columns or ["step", *row], step
+        with open(self.csv, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            if not os.path.getsize(self.csv):
+                writer.writeheader()
+            writer.writerow({"step": step, **row})
+        if self.tracker:
+            self.tracker.log(row, step=step)
 
-    def mean(self, value):
-        """The mean of a scalar tensor over all processes, as a number."""
-        value = value.detach().double()
+    def mean(self, values):
+        """{name: scalar tensor} -> {name: number}, the means over all processes."""
+        means = torch.stack([value.detach().float() for value in values.values()])
         if self.world > 1:
-            dist.all_reduce(value)
-        return value.item() / self.world
+            dist.all_reduce(means)
+        return dict(zip(values, (means / self.world).tolist()))
 
-    def save(self, state):
-        """Write a dict of plain values and tensors, on rank 0. The disk does not hold up training:
-        here the state is only copied into memory, the rest happens in the background."""
-        if self.main:
-            self.wait()
-            copy = io.BytesIO()
-            torch.save(state, copy)
-            self.writer = threading.Thread(target=self._write, args=[copy.getbuffer()])
-            self.writer.start()
-
-    def _write(self, content):
-        """At every moment the path or the previous one is a whole checkpoint, flushed to disk."""
+    def save(self, step, state):
+        """Write a dict of plain values and tensors, on rank 0. At every moment the path or the
+        previous one is a whole checkpoint, flushed to disk: about a second per gigabyte."""
+        content = {"config": self.config, "recipe": dataclasses.asdict(self.recipe), "step": step}
         try:
-            with open(self.temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-            os.replace(self.temporary, self.path)
+            if self.main:
+                with open(self.temporary, "wb") as file:
+                    torch.save(content | state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if self.path.exists():
+                    os.replace(self.path, self.previous)
+                os.replace(self.temporary, self.path)
             self.problem = ""
-        except OSError as error:    # a full disk, above all: training goes on
+        except (OSError, RuntimeError) as error:    # a full disk, above all: training goes on
             self.temporary.unlink(missing_ok=True)
             self.problem = f"{self.path} was not saved ({error}); the older one is still there"
             say(self.problem)
-
-    def wait(self):
-        """Until the last save is on disk."""
-        if self.writer:
-            self.writer.join()
-
-    def finish(self):
-        """At the end of training: SystemExit if the last checkpoint could not be saved."""
-        self.wait()
-        if self.problem:
-            raise SystemExit(self.problem)
 
     def agree(self, finite):
         """Tensor or bool -> (is it true on all processes?, has any been told to stop?).
@@ -903,27 +931,72 @@ class Run:
         self.skipped += bad
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row == 20:
-            self.wait()
             raise SystemExit(f"20 steps in a row were not finite; {self.path} holds the last good "
                              "state: lower --lr, or use --dtype float32")
         return not bad, stop
 
+    def parallel(self, network):
+        """The network for all processes to train together (DDP); call it only through this."""
+        return nn.parallel.DistributedDataParallel(network) if self.world > 1 else network
 
-def rate(step, recipe):
-    """The learning rate of update `step`, counted from 1.
+    def train(self, networks, optimizers, stream, losses_of, evaluate, measures, state):
+        """The loop of both stages, from .start to the recipe's last step or until told to stop.
 
-    recipe: lr, warmup, decay_from, steps; `final`, the last rate as a fraction of lr; schedule:
-    "cosine" (ViT-VQGAN §5.1: linear warm-up, then cosine), "exponential" (Parti §3: warm-up, flat
-    to decay_from, then exponential decay), "linear" (the same with a straight line).
-    """
-    if step < recipe.warmup:
-        return recipe.lr * step / recipe.warmup
-    begin = max(recipe.warmup, recipe.decay_from)
-    progress = min(max(step - begin, 0) / max(recipe.steps - begin, 1), 1.0)
-    if recipe.schedule == "exponential":
-        return recipe.lr * recipe.final**progress
-    if recipe.schedule not in ("cosine", "linear"):
-        raise ValueError(f"schedule {recipe.schedule}: expected cosine, exponential or linear")
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    left = cosine if recipe.schedule == "cosine" else 1 - progress    # from 1 to 0
-    return recipe.lr * (recipe.final + (1 - recipe.final) * left)
+        networks: what the optimizers train, wrapped for DDP or FSDP; the first gives the norm that
+        is logged. stream: yields a tuple of tensors for each step, this process's share of a batch.
+        losses_of: functions (step, *part of that share) -> {name: scalar tensor} to log, the first
+        of which is differentiated; a GAN has two. evaluate() -> {name: number} for the names in
+        `measures`, on all processes together, before each save. state() -> dict of what the
+        checkpoint holds besides config, recipe and step. SystemExit at the end if the last
+        checkpoint could not be saved.
+        """
+        recipe, shown, began = self.recipe, {}, time.perf_counter()
+        count = sum(p.numel() for p in networks[0].parameters())
+        say(f"{self.name}, preset {self.options.preset}: {count:,} parameters, {recipe.steps} steps"
+            f" of {recipe.batch} pictures, {self.world} x {self.device}, {self.dtype}")
+        bar = tqdm(stream, self.name, recipe.steps, initial=self.start, disable=not self.main)
+        for step, batch in enumerate(bar, self.start + 1):
+            torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + self.rank)    # dropout
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate(step)
+
+            # Gradients add up over the parts; processes exchange them with the last one alone.
+            losses = {}
+            for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch)), 1):
+                for network in networks:
+                    network.require_backward_grad_sync = i == recipe.accumulate    # DDP's no_sync
+                    if hasattr(network, "set_requires_gradient_sync"):    # FSDP
+                        network.set_requires_gradient_sync(i == recipe.accumulate)
+                for loss_of in losses_of:
+                    with self.autocast:
+                        found = loss_of(step, *part)
+                    (next(iter(found.values())) / recipe.accumulate).backward()
+                    for name, loss in found.items():
+                        losses[name] = losses.get(name, 0) + loss.detach() / recipe.accumulate
+            norms = [nn.utils.clip_grad_norm_(net.parameters(), recipe.clip) for net in networks]
+            norms = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in norms]    # FSDP
+            finite, stop = self.agree(torch.stack([*norms, *losses.values()]).isfinite().all())
+            for optimizer in optimizers:
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad()
+
+            # Once in a while: evaluate, log, save; the log first, lest a kill lose its row.
+            seconds = time.perf_counter() - began
+            if self.device.type == "cpu" and step == self.start + 20:
+                say(f"about {seconds / 20 * (recipe.steps - step) / 60:.1f} minutes left")
+            due = step == recipe.steps or step % recipe.save_every == 0
+            if due or step % recipe.log_every == 0:
+                row = self.mean(losses) | {"grad_norm": norms[0].item(), "lr": recipe.rate(step),
+                                           "skipped": self.skipped, "seconds": round(seconds, 1)}
+                health = evaluate() if due else dict.fromkeys(measures)
+                self.log(step, row | health)
+                shown |= {key: f"{x:.4g}" for key, x in health.items() if x is not None}
+                bar.set_postfix({key: f"{row[key]:.3g}" for key in ("loss", "grad_norm")} | shown)
+            if due or stop:
+                self.save(step, state())
+            if stop:
+                break
+        if self.problem:
+            raise SystemExit(self.problem)

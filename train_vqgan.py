@@ -12,54 +12,32 @@ Each also writes a log (.csv) and originals above reconstructions (.png) under t
 same command again continues. decoder.pt is a whole tokenizer with the token ids of vqgan.pt.
 """
 import math
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import vqgan
+from data import option
 
 
-@dataclass
-class Options:
-    """What a run does and where, beside the sizes of the model and the recipe."""
-    stage: str = field(default="tokenizer",
-                       metadata={"choices": ("tokenizer", "decoder", "upsampler")})
-    data: str = field(default="", metadata={"help": "folder or .tar; empty: built-in scenes"})
-    preset: str = field(default="", metadata={"help": f"one of {', '.join(vqgan.PRESETS)}"})
-    out: str = field(default="out/", metadata={"help": "folder of checkpoints, logs and pictures"})
-    vqgan: str = field(default="", metadata={"help": "tokenizer of the later stages; OUT/vqgan.pt"})
-    scale: int = field(default=2, metadata={"help": "of the upsampler: 2 or 4"})
-    vgg: str = field(default="", metadata={"help": "VGG16 weights; empty: fetched"})
-    lpips: str = field(default="", metadata={"help": "LPIPS weights; empty: fetched"})
-    seed: int = 0
-    workers: int = field(default=0, metadata={"help": "processes that load data"})
-    device: str = "auto"
-    dtype: str = field(default="auto", metadata={"help": "auto, float32 or bfloat16"})
-    compile: bool = False
-    fresh: bool = field(default=False, metadata={"help": "start over"})
-    wandb: bool = False
+@dataclass(frozen=True, kw_only=True)
+class Options(data.Options):
+    """Beside those that all training has."""
+    stage: str = option("tokenizer", "what to train", choices=("tokenizer", "decoder", "upsampler"))
+    vqgan: str = option("", "tokenizer of the later stages; empty: vqgan.pt in --out")
+    scale: int = option(2, "of the upsampler: 2 or 4")
+    vgg: str = option("", "VGG16 weights; empty: fetched")
+    lpips: str = option("", "LPIPS weights; empty: fetched")
 
 
-@dataclass
-class Recipe:
-    """How to train; the defaults are the papers' (ViT-VQGAN §3.3, §5.1; StyleGAN2). What is marked
-    "ours" is for short runs; the papers' presets have it off."""
-    steps: int = 500_000
-    batch: int = field(default=256, metadata={"help": "pictures per step, over all processes"})
-    accumulate: int = field(default=1, metadata={"help": "parts that a batch is computed in"})
-    lr: float = 1e-4
-    warmup: int = 50_000
-    schedule: str = "cosine"
-    decay_from: int = 0
-    final: float = field(default=0.5, metadata={"help": "last rate as a fraction of lr"})
-    weight_decay: float = 1e-4
-    codebook: float = field(default=1.0, metadata={"help": "weight of this loss, 0: off"})
+@dataclass(frozen=True, kw_only=True)
+class Recipe(data.Recipe):
+    """How to train; the defaults are the papers' (ViT-VQGAN §3.3; StyleGAN2). What is marked "ours"
+    is for short runs; the papers' presets have it off."""
+    codebook: float = option(1.0, "weight of this loss, 0: off")
     l2: float = 1.0
     l1: float = 0.0                 # ours
     laplace: float = 0.1
@@ -69,18 +47,26 @@ class Recipe:
     channels: int = 16384           # base of the discriminator's widths
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
-    save_every: int = field(default=5000, metadata={"help": "steps; evaluates, too"})
-    autoencoder: float = field(default=0.0, metadata={"help": "share of the steps before k-means "
-                                                      "starts the codebook"})            # ours
-    quantised_rate: float = field(default=1.0, metadata={"help": "factor of lr after it"})  # ours
-    mosaic: float = field(default=0.0, metadata={"help": "share of mosaics after it"})      # ours
+    autoencoder: float = option(0.0, "share of steps before k-means starts the codebook")    # ours
+    quantised_rate: float = option(1.0, "factor of lr after it")                             # ours
+    mosaic: float = option(0.0, "share of mosaics after it")                                 # ours
+
+    @property
+    def first(self):
+        """The steps before k-means starts the codebook."""
+        return round(self.autoencoder * self.steps)
+
+    def rate(self, step):
+        return super().rate(step) * (self.quantised_rate if step > self.first else 1)
 
 
-RECIPES = dict.fromkeys(vqgan.PRESETS, Recipe())
+PAPER = Recipe(steps=500_000, batch=256, lr=1e-4, warmup=50_000, schedule="cosine", final=0.5,
+               weight_decay=1e-4)    # ViT-VQGAN §5.1
+RECIPES = dict.fromkeys(vqgan.PRESETS, PAPER)
 RECIPES["tiny"] = Recipe(
-    steps=1800, batch=4, lr=2e-3, warmup=20, final=0.02, l1=0.2, laplace=0.0, perceptual=0.0,
-    adversarial=0.0, channels=1024, up_width=24, up_blocks=3, save_every=450, autoencoder=0.5,
-    quantised_rate=0.5, mosaic=0.5)
+    steps=1800, batch=4, lr=2e-3, warmup=20, final=0.02, weight_decay=1e-4, l1=0.2, laplace=0.0,
+    perceptual=0.0, adversarial=0.0, channels=1024, up_width=24, up_blocks=3, save_every=450,
+    autoencoder=0.5, quantised_rate=0.5, mosaic=0.5)
 
 
 def build(options, config, recipe):
@@ -113,7 +99,8 @@ def predict(net, images, tokenizer=None, **how):
 
 
 def generator_step(net, critic, lpips, images, recipe, **how):
-    """-> total loss, reconstructions (B, 3, H, W) without gradient, {name in the recipe: loss}."""
+    """-> reconstructions (B, 3, H, W) without gradient, {name in the recipe: its loss; "loss": the
+    weighted sum}. The discriminator is frozen: it only passes gradients on."""
     maps, codebook_loss, _ = predict(net, images, **how)
     pictures = vqgan.view(maps)
     losses = {"codebook": codebook_loss, "l2": F.mse_loss(pictures, images),
@@ -123,19 +110,22 @@ def generator_step(net, critic, lpips, images, recipe, **how):
     if lpips:
         losses["perceptual"] = lpips(images, pictures)
     if critic:
+        critic.requires_grad_(False)
         losses["adversarial"] = vqgan.generator_loss(critic(pictures))
     total = sum(getattr(recipe, name) * loss for name, loss in losses.items())
-    return total, pictures.detach(), losses
+    return pictures.detach(), {"loss": total} | losses
 
 
-def discriminator_step(critic, images, fakes, recipe, penalise):
-    """Pictures and reconstructions without gradient -> loss, {kind: mean score}."""
-    images = images.clone().requires_grad_(penalise)
+def discriminator_step(critic, images, fakes, recipe, step):
+    """Pictures and reconstructions without gradient -> {"critic": loss; kind: mean score}. The
+    gradient penalty is lazy: every 16th step."""
+    critic.requires_grad_(True)
+    images = images.clone().requires_grad_(step % 16 == 1)
     real, fake = critic(images), critic(fakes)
     loss = vqgan.discriminator_loss(real, fake)
-    if penalise:
+    if images.requires_grad:
         loss = loss + vqgan.r1_penalty(real, images, recipe.r1)
-    return loss, {"real": real.mean(), "fake": fake.mean()}
+    return {"critic": loss, "real": real.mean(), "fake": fake.mean()}
 
 
 def distinct_patches(images, config):
@@ -167,135 +157,96 @@ def start_codebook(model, pool, generator, surroundings=8):
     model.init_codebook(z.repeat(math.ceil(config.codes / len(z)), 1))
 
 
+def training_pictures(batches, model, recipe, pool, run):
+    """Batches of bytes -> pictures (b, 3, H, W) in [0, 1]. With a pool of patches: mosaics alone to
+    train the autoencoder, then k-means starts the codebook, then recipe.mosaic of the batch."""
+    for step, (images, _) in enumerate(batches, run.start):
+        images = images / 255
+        if pool is not None:
+            generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * step)
+            if step == recipe.first:
+                start_codebook(model, pool, generator)
+            share = recipe.mosaic if step >= recipe.first else 1.0
+            count = recipe.batch * model.config.grid ** 2    # drawn for all processes together
+            patches = pool[torch.randint(len(pool), (count,), generator=generator)]
+            rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
+            chosen = (rows < share * recipe.batch).view(-1, 1, 1, 1)
+            images = torch.where(chosen, mosaics(patches, model.config)[rows], images)
+        yield images.to(run.device).contiguous(),
+
+
+MEASURES = "psnr", "usage", "perplexity", "right"
+
+
 @torch.no_grad()
 def evaluate(net, images, captions, codes, path, **how):
     """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes
     also the share that still shows its caption. Draws originals above reconstructions."""
     results = [predict(net, part, **how) for part in images.split(32)]
     pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
-    usage, perplexity = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
+    usage = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
     right = [data.check(*pair) for pair in zip(pictures, captions)]
     data.save_grid(path, [images[:8], pictures[:8]], ["originals", "reconstructions"])
-    return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
-            "perplexity": perplexity, "right": sum(right) / len(right) if right else None}
+    decibels = vqgan.psnr(images, pictures).mean().item()
+    return dict(zip(MEASURES, (decibels, *usage, sum(right) / len(right) if right else None)))
 
 
 def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small")
-    name = "vqgan" if options.stage == "tokenizer" else options.stage
-    run = data.Run(options.out, name, options.device, options.dtype, options.fresh, options.wandb)
-    if recipe.batch % (run.world * recipe.accumulate):
-        raise SystemExit(f"--batch {recipe.batch}: expected a multiple of {run.world} processes "
-                         f"times --accumulate {recipe.accumulate}")
+    if options.stage != "tokenizer":    # its codebook is there already
+        recipe = replace(recipe, autoencoder=0.0)
+    run = data.Run(options, recipe, "vqgan" if options.stage == "tokenizer" else options.stage)
 
     # The networks and their optimizers, new or from the checkpoint.
-    torch.manual_seed(options.seed)
+    torch.manual_seed(recipe.seed)
     model, sizes, tokenizer = build(options, config, recipe)
-    config = tokenizer.config if tokenizer else model.config
+    config = (tokenizer or model).config
     size = config.image_size * (options.scale if tokenizer else 1)
     how = {"tokenizer": tokenizer.to(run.device)} if tokenizer else {}
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
-    lpips = None
-    if recipe.perceptual:
-        lpips = vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
+    lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     networks = [network.to(run.device) for network in (model, critic) if network]
-    learned = [[p for p in network.parameters() if p.requires_grad] for network in networks]
-    optimizers = [torch.optim.AdamW(parameters, recipe.lr, (0.9, 0.99), fused=True,
-                                    weight_decay=recipe.weight_decay) for parameters in learned]
+    optimizers = [torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], recipe.lr,
+                                    (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
+                  for network in networks]
     parts = dict(zip(("model", "discriminator"), networks))
     parts |= dict(zip(("optimizer", "discriminator_optimizer"), optimizers))
-    state = run.resume(sizes, asdict(recipe))
-    start = state["step"] if state else 0
+    saved = run.resume(sizes, vqgan.read)
     for key, part in parts.items():
-        if state:
-            part.load_state_dict(state[key])
-    nets = [torch.compile(network) if options.compile else network for network in networks]
-    if run.world > 1:
-        nets = [DistributedDataParallel(net) for net in nets]
-    count = sum(p.numel() for p in model.parameters())
-    data.say(f"{options.stage}, preset {options.preset}: {count / 1e6:.1f} M parameters, "
-             f"{run.world} x {run.device}, {run.dtype}")
+        if saved:
+            part.load_state_dict(saved[key])
+    if options.compile:    # not the critic: R1 needs second derivatives
+        model.compile()
+    nets, made = [run.parallel(network) for network in networks], {}
 
     # Data: a stream of training pictures from here on, and 256 fixed ones that are held out.
-    train, held = (data.open_data(options.data, "", size, crop, split, options.seed)
+    train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
-    stream = data.batches(train, recipe.batch, options.seed, start, recipe.steps, run.rank,
+    stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
                           run.world, options.workers)
     held, captions = next(data.batches(held, min(256, len(held)), 0, 0, 1))
     held, captions = held.to(run.device) / 255, [] if options.data else captions
-    first = round(recipe.autoencoder * recipe.steps) if options.stage == "tokenizer" else 0
-    if first:
-        pictures, _ = next(data.batches(train, 4096, options.seed, 0, 1))
+    pool = None
+    if recipe.first:
+        pictures, _ = next(data.batches(train, 4096, recipe.seed, 0, 1))
         pool = distinct_patches(pictures, config) / 255
-    autocast = torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16)
-    bar = tqdm(range(start, recipe.steps), options.stage, initial=start, total=recipe.steps,
-               disable=not run.main)
-    begin, shown = time.perf_counter(), {}
-    for step in bar:
-        generator = torch.Generator().manual_seed(options.seed + 1_000_003 * step)
-        if step == first > 0:
-            start_codebook(model, pool, generator)
+
+    def generator(step, images):
         if options.stage == "tokenizer":
-            how["quantise"] = step >= first
-        rate = data.rate(step + 1, recipe) * (recipe.quantised_rate if step >= first else 1)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate
+            how["quantise"] = step > recipe.first
+        made["fakes"], losses = generator_step(nets[0], critic, lpips, images, recipe, **how)
+        return losses
 
-        # Gradients of both networks, in parts; processes exchange them with the last part.
-        images = next(stream)[0] / 255
-        if first:
-            share = recipe.mosaic if step >= first else 1.0
-            chosen = torch.arange(recipe.batch) < share * recipe.batch
-            drawn = (recipe.batch * config.grid ** 2,)
-            drawn = mosaics(pool[torch.randint(len(pool), drawn, generator=generator)], config)
-            chosen, drawn = (x.chunk(run.world)[run.rank] for x in (chosen, drawn))
-            images[chosen] = drawn[chosen]
-        images = images.to(run.device)
-        totals = {}
-        for i, part in enumerate(images.chunk(recipe.accumulate)):
-            for net in nets:
-                net.require_backward_grad_sync = i + 1 == recipe.accumulate    # as DDP's no_sync
-            for parameter in learned[1] if critic else ():
-                parameter.requires_grad_(False)
-            with autocast:
-                loss, fakes, losses = generator_step(nets[0], critic, lpips, part, recipe, **how)
-            (loss / recipe.accumulate).backward()
-            if critic:
-                critic.requires_grad_(True)
-                with autocast:
-                    loss, scores = discriminator_step(nets[1], part, fakes, recipe, step % 16 == 0)
-                (loss / recipe.accumulate).backward()
-                losses |= scores
-            for key, value in losses.items():
-                totals[key] = totals.get(key, 0) + value.detach() / recipe.accumulate
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in learned]
-        finite, stop = run.agree(torch.stack(norms).isfinite().all())
-        for optimizer in optimizers:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
+    def discriminator(step, images):
+        return discriminator_step(nets[1], images, made["fakes"], recipe, step)
 
-        done = step + 1
-        save = done % recipe.save_every == 0 or done == recipe.steps
-        if run.device.type == "cpu" and done == start + 20:
-            seconds = (time.perf_counter() - begin) / 20 * recipe.steps
-            data.say(f"about {seconds / 60:.1f} minutes for {recipe.steps} steps on this CPU")
-        if done % 10 == 0 or save:
-            row = {key: run.mean(value) for key, value in totals.items()}
-            row |= {"lr": rate, "norm": norms[0].item(), "skipped": run.skipped}
-            health = dict.fromkeys(("psnr", "usage", "perplexity", "right"))
-            if save and run.main:
-                picture = run.path.with_suffix(".png")
-                health = evaluate(model, held, captions, config.codes, picture, **how)
-                shown = {key: f"{value:.3g}" for key, value in health.items() if value is not None}
-            run.log(done, row | health)
-            bar.set_postfix({"l2": f"{row['l2']:.2g}"} | shown)
-        if save or stop:
-            run.save({"config": sizes, "recipe": asdict(recipe), "step": done}
-                     | {key: part.state_dict() for key, part in parts.items()})
-        if stop:
-            break
-    run.finish()
+    def health():
+        path = run.path.with_suffix(".png")
+        return evaluate(model, held, captions, config.codes, path, **how) if run.main else {}
+
+    run.train(nets, optimizers, training_pictures(stream, model, recipe, pool, run),
+              [generator, discriminator][:len(nets)], health, MEASURES,
+              lambda: {key: part.state_dict() for key, part in parts.items()})
 
 
 if __name__ == "__main__":
