@@ -162,11 +162,6 @@ class Parti(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         initialise(self)
 
-    @property
-    def rule(self):
-        """What a query of the decoder sees: the arguments of `attention`."""
-        return dict(causal=True, kernel=self.config.kernel, grid=self.config.grid)
-
     def positions(self):
         """Learned row + column vectors, one sum per image token: (N, D)."""
         return (self.rows + self.columns).flatten(0, 1)
@@ -187,11 +182,11 @@ class Parti(nn.Module):
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        memory, lengths = self.encoder(text)  # (B, T, D)
+        config, (memory, lengths) = self.config, self.encoder(text)  # (B, T, D)
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
-            x = block(x, memory, lengths, **self.rule)
+            x = block(x, memory, lengths, causal=True, kernel=config.kernel, grid=config.grid)
         return self.logits(x)
 
     @torch.no_grad()
@@ -240,47 +235,58 @@ class CachedDecoder:
                     cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
             words = split_heads(cross.kv(memory), 2 * config.heads).to(self.dtype)  # (B, 2H, T, d)
             kept = words.new_zeros(*words.shape[:2], self.size, words.shape[-1])
-            self.layers.append((block, [w.to(self.dtype) for w in maps], words, kept))
+            *maps, down = [w.to(self.dtype) for w in maps]
+            if by_columns(down):
+                part = math.gcd(512, config.mlp)
+                down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
+            self.layers.append((block, [*maps, down], words, kept))
 
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
-        here = torch.tensor([i], device=tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):
             if not tokens.is_cuda:
                 self.filled = min(i + 1, self.size)  # slots worth reading
-            elif i == 0:  # a graph of all kernels of a step, launched as one, over all slots
+                return self.step(i, tokens)
+            here = torch.tensor([i], device=tokens.device)
+            if i == 0:  # a graph of all kernels of a step, launched as one, over all slots
                 self.step = torch.cuda.make_graphed_callables(self.step, (here, tokens))
             return self.step(here, tokens)
 
     def step(self, i, tokens):
-        """The same with a tensor i (1,), so that a CUDA graph serves every position."""
+        """The same; with i a tensor (1,), so that one CUDA graph serves every position."""
         config, slot = self.prior.config, i % self.size
+        slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
-        self.held.index_copy_(0, slot, i)
+        self.held[slot] = i
         seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            new = times(qkv, block.norm1(x)).unflatten(1, (-1, 1, kept.shape[-1]))  # (B, 3H, 1, d)
-            kept.index_copy_(2, slot, new[:, config.heads :])
+            new = times(qkv, block.norm1(x)).contiguous()  # (B, 3D)
+            new = new.unflatten(1, (-1, 1, kept.shape[-1]))  # (B, 3H, 1, d)
+            kept[:, :, slot] = new[:, config.heads :]
             k, v = kept[:, :, : self.filled].chunk(2, dim=1)  # (B, H, filled, d)
             y = attention(new[:, : config.heads], k, v, mask=seen[None])  # (B, H, 1, d)
             x = x + times(out, y.flatten(1))
-            q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
+            q = times(query, block.norm2(x)).contiguous().unflatten(1, (config.heads, 1, -1))
             y = attention(q, *words.chunk(2, dim=1), mask=self.inside)
             x = x + times(mix, y.flatten(1))
             x = x + times(down, F.gelu(times(up, block.norm3(x))))
         return times(self.prior.head.weight, self.prior.norm(x)).float()
 
 
+def by_columns(weight):
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def times(weight, x):
-    """weight (n_out, n_in) times each row of x (B, n_in) -> (B, n_out).
+    """weight (n_out, n_in) times each row of x (B, n_in) -> (B, n_out), for few rows.
 
     On a CPU in float32 as W x^T: MKL multiplies a matrix by two columns four times faster than two
-    rows by a matrix, and near the speed of memory if these columns are short."""
-    x = x.to(weight.dtype)
-    if x.is_cuda or x.dtype != torch.float32:
-        return F.linear(x, weight)
-    parts = zip(weight.split(512, dim=1), x.split(512, dim=1))
-    return sum(w @ part.contiguous().t() for w, part in parts).t().contiguous()
+    rows by a matrix, near the speed of memory while columns are short. Long ones come in blocks,
+    weight (blocks, n_out, part of n_in)."""
+    x = x.to(weight.dtype).contiguous()
+    if weight.ndim == 3:
+        return torch.bmm(weight, x.unflatten(1, (len(weight), -1)).permute(1, 2, 0)).sum(0).t()
+    return (weight @ x.t()).t() if by_columns(weight) else F.linear(x, weight)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -500,7 +506,7 @@ def conv_offsets(kernel, grid):
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
-# Q, K, V ... are tuples of a pointer and the strides of batch rows, heads and positions.
+# Q, K, V ... are tuples of a pointer and the strides of its four axes (B, H, N, d).
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
@@ -518,7 +524,7 @@ if triton is not None:
     def _at(x, heads, rows, D: tl.constexpr):
         """Pointers to these rows of this program's head: (rows, D)."""
         b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, D)[None, :]
+        return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, D)[None, :] * x[4]
 
     @triton.jit
     def _load(x, heads, rows, n, D: tl.constexpr):
@@ -612,17 +618,16 @@ class Fused(torch.autograd.Function):
         (B, H, _, d), size = matrices[0].shape, matrices[0].element_size()
         own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
         warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
-        matrices = [(x, *x.stride()[:3]) for x in matrices]
+        matrices = [(x, *x.stride()) for x in matrices]
         run[(triton.cdiv(rows, own), B * H)](
             *matrices, *others, lengths, H, n, m, *span(*mask, n + m), *mask, d, own, step,
             num_warps=warps, num_stages=stages, **more)  # fmt: skip
 
     @staticmethod
     def forward(ctx, q, k, v, lengths, *mask):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         n, m = q.shape[2], k.shape[2]
-        lengths = torch.full(q.shape[:1], m, device=q.device) if lengths is None else lengths
-        lengths = lengths.clamp(max=m)
+        whole = torch.full(q.shape[:1], m, device=q.device)
+        lengths = whole if lengths is None else lengths.clamp(max=m)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         own = 64 if mask[1] else 128  # a narrow tile follows the band of the mask more closely
         Fused.launch(_forward, n, (q, k, v, out), (lse,), mask, lengths, n, m, own, 64)
@@ -634,7 +639,6 @@ class Fused(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, lengths = ctx.saved_tensors
         n, m = q.shape[2], k.shape[2]
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
         others = lse, (grad.float() * out.float()).sum(-1)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -723,14 +727,9 @@ def walk_through():
     """Every step on a tiny example, and parameter counts against Parti's Table 1."""
     model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
     text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
-    steps = {
-        "text": text,
-        "encoded text": model.encoder(text)[0],
-        "image tokens": tokens,
-        "logits": model(text, tokens),
-        "sampled, guidance 1.2": model.generate(text, 1.2),
-    }
-    for name, value in steps.items():
+    steps = (("text", text), ("encoded text", model.encoder(text)[0]), ("image tokens", tokens),
+             ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
+    for name, value in steps:
         print(f"{name:25}{tuple(value.shape)}")
     print("\nParameters of the blocks, and in all (Parti Table 1)")
     for name in ("350m", "750m", "3b", "20b"):
@@ -762,37 +761,37 @@ def benchmark(device):
         with torch.no_grad():
             print(f"  N {grid**2:5}  {name:8}{kind:14}{seconds(run) * 1e3:25.2f}{both * 1e3:20.2f}")
 
-    print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes")
+    print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes, guidance")
     config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
                          encoder_layers=8, decoder_layers=8, dropout=0.0)  # fmt: skip
     text = torch.randint(4, 1_000, (16, 64), device=device)
     tokens = torch.randint(config.codes, (8, 256), device=device)
     for dtype in rates:
-        torch.manual_seed(0)
         model = Parti(config).to(device)
+        cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
         def step():
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            with cast:
                 logits = model(text[:8], tokens)
             F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
 
         with FlopCounterMode(display=False) as counter:
             step()
         spent = seconds(step)
-        share = counter.get_total_flops() / spent / rates[dtype]
-        print(f"training, {dtype}, batch 8: {tokens.numel() / spent:,.0f} tokens/s, {share:.0%} of "
-              "the matmul rate")
+        print(f"{dtype}, training, batch 8: {tokens.numel() / spent:,.0f} tokens/s, "
+              f"{counter.get_total_flops() / spent / rates[dtype]:.0%} of the matmul rate")
         for batch, grid in ((1, 16), (1, 32), (16, 16)):
             model = Parti(replace(config, grid=grid)).to(device).eval()
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32), torch.no_grad():
-                words = text[:batch]
-                once = CachedDecoder(model, words.repeat(2, 1))
-                start = time.perf_counter()
-                n = model.generate(words, guidance=1.2).numel()
-                spent = time.perf_counter() - start
-            limit = once.nbytes / bandwidth * n / batch / spent
-            print(f"sampling, {dtype}, guidance, batch {batch:2}, {grid**2:4} tokens: {n / spent:,.0f} "
-                  f"tokens/s, {spent / n * 1e3:.1f} ms each, {limit:.0%} of the memory limit")
+            start = time.perf_counter()
+            with cast:
+                n = model.generate(text[:batch], guidance=1.2).numel()
+            spent = (time.perf_counter() - start) / n  # a token
+            with cast, torch.no_grad():
+                layers = CachedDecoder(model, text[:batch].repeat(2, 1)).layers
+            read = sum(x.nbytes for _, maps, *caches in layers for x in (*maps, *caches))
+            limit = (read + model.head.weight.nbytes) / bandwidth / batch
+            print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {1 / spent:6,.0f} "
+                  f"tokens/s, {spent * batch * 1e3:.1f} ms a step, {limit / spent:.0%} of memory rate")
 
 
 if __name__ == "__main__":
