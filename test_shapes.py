@@ -2000,6 +2000,7 @@ CASES = [  # Nq, Nk, d, causal, kernel, grid, padded, dtype
     (65, 65, 64, True, 3, 7, False, torch.float16),
     (67, 130, 64, False, 0, 0, True, torch.bfloat16),
     (1, 1, 128, True, 0, 0, False, torch.bfloat16),
+    (60, 20, 32, True, 3, 4, False, torch.float32),
 ]
 
 
