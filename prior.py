@@ -220,23 +220,23 @@ class CachedDecoder:
         self.prior, config, kind = prior, prior.config, text.device.type
         memory, lengths = prior.encoder(text)
         auto = torch.is_autocast_enabled(kind)
-        self.dtype = torch.get_autocast_dtype(kind) if auto else memory.dtype
+        dtype = torch.get_autocast_dtype(kind) if auto else memory.dtype
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
         self.size = self.filled = min(behind + 1, config.tokens)
         self.held = torch.full((self.size,), -1, device=text.device)  # the position in each slot
-        inside = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
-        self.inside = inside[:, None, None]  # (B, 1, 1, T)
+        t = torch.arange(text.shape[1], device=text.device)
+        self.inside = t < lengths[:, None, None, None]  # what a query sees of the text (B, 1, 1, T)
         self.layers = []
         for block in prior.blocks:
             own, cross = block.attention, block.cross
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
                     cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
-            words = cross.kv(memory).to(self.dtype).unflatten(-1, (2, config.heads, -1))
+            words = cross.kv(memory).to(dtype).unflatten(-1, (2, config.heads, -1))
             words = words.permute(2, 0, 3, 1, 4).contiguous()  # keys and values (2, B, H, T, d)
             kept = words.new_zeros(*words.shape[:3], self.size, words.shape[-1])
-            *maps, down = [w.to(self.dtype) for w in maps]
+            *maps, down = [w.to(dtype) for w in maps]
             if by_columns(down):
                 part = math.gcd(512, config.mlp)
                 down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
@@ -273,6 +273,7 @@ class CachedDecoder:
 
 
 def by_columns(weight):
+    """Whether `times` multiplies as W x^T."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
@@ -505,7 +506,7 @@ def conv_offsets(kernel, grid):
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
-# Q, K, V ... are tuples of a pointer and the strides of its four axes (B, H, N, d).
+# MASK is (causal, kernel, grid); Q, K, V ... are pointers, each with the strides of its four axes.
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
@@ -534,17 +535,15 @@ if triton is not None:
         tl.store(_at(x, heads, rows, D), value.to(x[0].dtype.element_ty), mask=rows[:, None] < n)
 
     @triton.jit
-    def _scores(q, k, i, j, length, CAUSAL: tl.constexpr, KERNEL: tl.constexpr,
-                GRID: tl.constexpr):  # fmt: skip
+    def _scores(q, k, i, j, length, MASK: tl.constexpr):
         """S in units of log 2, -inf where `allowed` says no; unsigned: a cheaper remainder."""
         s = _dot(q, tl.trans(k)) * (LOG2E * q.shape[1] ** -0.5)
         i, j, length = i.to(tl.uint32), j.to(tl.uint32), length.to(tl.uint32)
-        return tl.where(_allowed(i, j, length, CAUSAL, KERNEL, GRID), s, float("-inf"))
+        return tl.where(_allowed(i, j, length, MASK[0], MASK[1], MASK[2]), s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, heads, n, m, behind, ahead, CAUSAL: tl.constexpr,
-                 KERNEL: tl.constexpr, GRID: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
-                 STEP: tl.constexpr):  # fmt: skip
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, heads, n, m, behind, ahead, MASK: tl.constexpr,
+                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
         """O and the log-sum-exp of one tile of queries."""
         length = tl.load(LENGTHS + tl.program_id(1) // heads).to(tl.int32)
         start = tl.program_id(0) * OWN
@@ -558,7 +557,7 @@ if triton is not None:
         for j0 in range(first, last, STEP):
             j = j0 + tl.arange(0, STEP)
             k, v = _load(K, heads, j, m, D), _load(V, heads, j, m, D)
-            s = _scores(q, k, i[:, None], j[None, :], length, CAUSAL, KERNEL, GRID)
+            s = _scores(q, k, i[:, None], j[None, :], length, MASK)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
             shrink = tl.exp2(top - new)  # what was summed so far was relative to the old maximum
@@ -571,8 +570,8 @@ if triton is not None:
 
     @triton.jit
     def _backward(X, GX, Y, GY, DX, DGX, LSE, DELTA, LENGTHS, heads, n, m, behind, ahead,
-                  CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr, D: tl.constexpr,
-                  OWN: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+                  MASK: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+                  KEYS: tl.constexpr):  # fmt: skip
         """Gradients of one tile, over the tiles of the other side that see it or that it sees.
 
         Of queries (X, GX = Q, dO and Y, GY = K, V): DX = dQ = dS K / sqrt(d). Of KEYS (X, GX = K, V
@@ -598,7 +597,7 @@ if triton is not None:
                 i, j = own[:, None], other[None, :]
             lse = tl.load(LSE + i, mask=i < n, other=0.0)
             delta = tl.load(DELTA + i, mask=i < n, other=0.0)
-            p = tl.exp2(_scores(x, y, i, j, length, CAUSAL, KERNEL, GRID) - lse)
+            p = tl.exp2(_scores(x, y, i, j, length, MASK) - lse)
             ds = p * (_dot(gx, tl.trans(gy)) - delta)
             dx += _dot(ds.to(y.dtype), y)
             if KEYS:
@@ -619,7 +618,7 @@ class Fused(torch.autograd.Function):
         warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
         matrices = [(x, *x.stride()) for x in matrices]
         run[(triton.cdiv(rows, own), B * H)](
-            *matrices, *others, lengths, H, n, m, *span(*mask, n + m), *mask, d, own, step,
+            *matrices, *others, lengths, H, n, m, *span(*mask, n + m), mask, d, own, step,
             num_warps=warps, num_stages=stages, **more)  # fmt: skip
 
     @staticmethod
