@@ -227,7 +227,7 @@ class CachedDecoder:
         self.size = self.filled = min(behind + 1, config.tokens)
         self.held = torch.full((self.size,), -1, device=text.device)  # the position in each slot
         t = torch.arange(text.shape[1], device=text.device)
-        self.inside = t < lengths[:, None, None, None]  # what a query sees of the text (B, 1, 1, T)
+        self.inside = torch.where(t < lengths[:, None, None, None], 0.0, -math.inf)  # (B, 1, 1, T)
         self.layers = []
         for block in prior.blocks:
             own, cross = block.attention, block.cross
@@ -260,15 +260,16 @@ class CachedDecoder:
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
         self.held[slot] = i
         seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
+        seen = torch.where(seen, 0.0, -math.inf)  # (filled,)
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
             new = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
             q, *new = new.unbind(1)  # (B, H, 1, d)
             kept[0, :, :, slot], kept[1, :, :, slot] = new
             y = attention(q, *kept[:, :, :, : self.filled], mask=seen)  # (B, H, 1, d)
-            x = x + times(out, y.flatten(1))
+            x += times(out, y.flatten(1))
             q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
-            x = x + times(mix, attention(q, *words, mask=self.inside).flatten(1))
-            x = x + times(down, F.gelu(times(up, block.norm3(x))))
+            x += times(mix, attention(q, *words, mask=self.inside).flatten(1))
+            x += times(down, F.gelu(times(up, block.norm3(x))))
         return times(self.prior.head.weight, self.prior.norm(x)).float()
 
 
@@ -685,8 +686,8 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     kernel, grid: if kernel > 0 (odd), the conv-shaped sparse mask over a raster of `grid` columns,
       which is causal; see `allowed`.
     lengths: (B,) integers; keys at lengths[b] and after are padding and are not seen.
-    mask: in place of all these, for decoding with a cache: what each query sees, booleans that
-      broadcast to (B, H, Nq, Nk), at least one in each row True.
+    mask: in place of all these, for decoding with a cache: numbers to add to the scores, 0 or -inf,
+      that broadcast to (B, H, Nq, Nk); each query must see a key.
     fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) where
       they apply, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
@@ -695,9 +696,8 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     if kernel and (kernel % 2 == 0 or grid < 1):
         raise ValueError(f"a sparse mask needs an odd kernel and a grid, not {kernel} and {grid}")
     if mask is not None:  # as it is written: faster than blocks for one query
-        scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return scores.softmax(-1, dtype=wide).to(v.dtype) @ v
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask  # float32, as the mask is
+        return scores.softmax(-1).to(v.dtype) @ v
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64

@@ -2092,7 +2092,8 @@ def test_ring_of_positions_equals_the_whole(kernel):
         keys[:, :, p % ring], values[:, :, p % ring] = k[:, :, p], v[:, :, p]
         positions[p % ring] = p
         see = prior.allowed(p, positions, n, True, kernel, grid)[None]
-        one = prior.attention(q[:, :, p : p + 1], keys, values, mask=see)
+        mask = torch.where(see, 0.0, -math.inf)
+        one = prior.attention(q[:, :, p : p + 1], keys, values, mask=mask)
         torch.testing.assert_close(one, whole[:, :, p : p + 1])
 
 
