@@ -10,6 +10,7 @@ entries, G grid side.
 """
 
 import functools
+import itertools
 import math
 import os
 import time
@@ -18,7 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
+from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqgan import Tower, VQGANConfig, read
 
@@ -74,6 +77,11 @@ MASK = 1  # the id that hides a token in pretraining: SentencePiece's "unknown",
 # --- the transformer -----------------------------------------------------------------------------
 
 
+def split_heads(x, heads):
+    """(B, N, H * d) -> (B, H, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries from x, keys and values from a context."""
 
@@ -84,15 +92,10 @@ class Attention(nn.Module):
         self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, H, N, d)
-
-    def keys_values(self, context):
-        """(B, Nk, D) -> k, v, each (B, H, Nk, d)."""
-        return [self.split(x) for x in self.kv(context).chunk(2, dim=-1)]
-
-    def forward(self, x, keys_values, **rule):
-        y = attention(self.split(self.q(x)), *keys_values, **rule)  # (B, H, Nq, d)
+    def forward(self, x, context, **rule):
+        """x (B, Nq, D), context (B, Nk, D) -> (B, Nq, D). rule: see `attention`."""
+        k, v = split_heads(self.kv(context), 2 * self.heads).chunk(2, dim=1)  # (B, H, Nk, d)
+        y = attention(split_heads(self.q(x), self.heads), k, v, **rule)  # (B, H, Nq, d)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, Nq, D)
 
 
@@ -109,18 +112,12 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.width, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, text=None, text_lengths=None, cache=None, **rule):
-        """x (B, N, D) -> (B, N, D). text: features (B, T, D) or their keys and values, with lengths
-        (B,). rule: what the self-attention sees, see `attention`.
-        cache: a function that stores this step's keys and values and returns all kept ones."""
+    def forward(self, x, text=None, text_lengths=None, **rule):
+        """x (B, N, D) -> (B, N, D). text: features (B, T, D) with lengths (B,). rule: what the
+        self-attention sees, see `attention`."""
         h = self.norm1(x)
-        keys_values = self.attention.keys_values(h)
-        if cache:
-            keys_values = cache(*keys_values)
-        x = x + self.drop(self.attention(h, keys_values, **rule))
+        x = x + self.drop(self.attention(h, h, **rule))
         if text is not None:
-            # Inside the block, so that FSDP has gathered the weights by then.
-            text = self.cross.keys_values(text) if torch.is_tensor(text) else text
             x = x + self.drop(self.cross(self.norm2(x), text, lengths=text_lengths))
         h = self.drop(F.gelu(self.up(self.norm3(x))))
         return x + self.drop(self.down(h))
@@ -165,11 +162,6 @@ class Parti(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         initialise(self)
 
-    @property
-    def rule(self):
-        """What a query of the decoder sees: the arguments of `attention`."""
-        return dict(causal=True, kernel=self.config.kernel, grid=self.config.grid)
-
     def positions(self):
         """Learned row + column vectors, one sum per image token: (N, D)."""
         return (self.rows + self.columns).flatten(0, 1)
@@ -190,11 +182,11 @@ class Parti(nn.Module):
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        memory, lengths = self.encoder(text)  # (B, T, D)
+        config, (memory, lengths) = self.config, self.encoder(text)  # (B, T, D)
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
-            x = block(x, memory, lengths, **self.rule)
+            x = block(x, memory, lengths, causal=True, kernel=config.kernel, grid=config.grid)
         return self.logits(x)
 
     @torch.no_grad()
@@ -206,49 +198,96 @@ class Parti(nn.Module):
         guided = guidance != 1.0
         if guided:  # two streams in one batch: the second has no text
             text = torch.cat([text, torch.zeros_like(text)])
-        step, tokens = CachedDecoder(self, text), []
+        step = CachedDecoder(self, text)
+        tokens = [text.new_full((len(text) // (1 + guided),), self.config.codes)]  # the start
         for i in range(self.config.tokens):
-            logits = step(i, tokens[-1].repeat(1 + guided) if tokens else None)  # (B or 2B, K)
+            logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
             if guided:
                 logits = guide(*logits.chunk(2), guidance)
             tokens.append(draw(truncate(logits / temperature, top_k, top_p), generator))
-        return torch.stack(tokens, dim=1)
+        return torch.stack(tokens[1:], dim=1)
 
 
 class CachedDecoder:
-    """The decoder one position at a time: keys and values of the past are kept, not computed again.
+    """The decoder one position at a time, without dropout: keys and values of the past are kept,
+    not computed again, and those of the text are computed once.
 
     With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
-    a ring of that many positions and the cost of a token does not grow with its position."""
+    a ring of that many positions and the cost of a token does not grow with its position. Weights
+    are kept in the type of autocast; norms, the sum over the blocks and logits are float32."""
 
     def __init__(self, prior, text):
-        self.prior, config = prior, prior.config
-        memory, self.lengths = prior.encoder(text)
-        self.text = [block.cross.keys_values(memory) for block in prior.blocks]
-        size = conv_offsets(config.kernel, config.grid)[-1] + 1 if config.kernel else config.tokens
-        self.size = min(size, config.tokens)
-        head = config.width // config.heads
-        shape = (len(prior.blocks), 2, len(text), config.heads, self.size, head)
-        self.kept = memory.new_zeros(shape)  # keys and values of every layer
+        self.prior, config, kind = prior, prior.config, text.device.type
+        memory, lengths = prior.encoder(text)
+        auto = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if auto else memory.dtype
+        self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
+        self.positions = prior.positions()
+        behind, _ = span(True, config.kernel, config.grid, config.tokens)
+        self.size = self.filled = min(behind + 1, config.tokens)
         self.held = torch.full((self.size,), -1, device=text.device)  # the position in each slot
-        self.places = prior.positions()
+        t = torch.arange(text.shape[1], device=text.device)
+        self.inside = torch.where(t < lengths[:, None, None, None], 0.0, -math.inf)  # (B, 1, 1, T)
+        self.layers = []
+        for block in prior.blocks:
+            own, cross = block.attention, block.cross
+            maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
+                    cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
+            words = cross.kv(memory).to(dtype).unflatten(-1, (2, config.heads, -1))
+            words = words.permute(2, 0, 3, 1, 4).contiguous()  # keys and values (2, B, H, T, d)
+            kept = words.new_zeros(*words.shape[:3], self.size, words.shape[-1])
+            *maps, down = [w.to(dtype) for w in maps]
+            if by_columns(down):
+                part = math.gcd(512, config.mlp)
+                down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
+            self.layers.append((block, [*maps, down], words, kept))
 
     def __call__(self, i, tokens):
-        """Position i and the tokens (B,) before it (None at 0) -> logits (B, K)."""
-        prior, slot = self.prior, i % self.size
-        x = prior.start.expand(len(self.lengths), -1) if i == 0 else prior.embed(tokens)
-        x = (x + self.places[i])[:, None]  # (B, 1, D)
+        """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            if not tokens.is_cuda:
+                self.filled = min(i + 1, self.size)  # slots worth reading
+                return self.step(i, tokens)
+            here = torch.tensor([i], device=tokens.device)
+            if i == 0:  # a graph of all kernels of a step, launched as one, over all slots
+                self.step = torch.cuda.make_graphed_callables(self.step, (here, tokens))
+            return self.step(here, tokens)
+
+    def step(self, i, tokens):
+        """The same; with i a tensor (1,), so that one CUDA graph serves every position."""
+        config, slot = self.prior.config, i % self.size
+        slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
+        x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
         self.held[slot] = i
-        here = torch.tensor([i], device=x.device)
-        for block, text, kept in zip(prior.blocks, self.text, self.kept):
+        seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
+        seen = torch.where(seen, 0.0, -math.inf)  # (filled,)
+        for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
+            new = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
+            q, *new = new.unbind(1)  # (B, H, 1, d)
+            kept[0, :, :, slot], kept[1, :, :, slot] = new
+            y = attention(q, *kept[:, :, :, : self.filled], mask=seen)  # (B, H, 1, d)
+            x += times(out, y.flatten(1))
+            q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
+            x += times(mix, attention(q, *words, mask=self.inside).flatten(1))
+            x += times(down, F.gelu(times(up, block.norm3(x))))
+        return times(self.prior.head.weight, self.prior.norm(x)).float()
 
-            def cache(k, v):
-                kept[0, :, :, slot], kept[1, :, :, slot] = k[:, :, 0], v[:, :, 0]
-                return kept[0], kept[1]
 
-            x = block(x, text, self.lengths, cache, query_positions=here,
-                      key_positions=self.held, **prior.rule)  # fmt: skip
-        return prior.logits(x)[:, 0]
+def by_columns(weight):
+    """Whether `times` multiplies as W x^T."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def times(weight, x):
+    """weight (n_out, n_in) times each row of x (B, n_in) -> (B, n_out), for few rows.
+
+    On a CPU in float32 as W x^T: MKL multiplies a matrix by two columns four times faster than two
+    rows by a matrix, near the speed of memory while columns are short. Long ones come in blocks,
+    weight (blocks, n_out, part of n_in)."""
+    x = x.to(weight.dtype).contiguous()
+    if weight.ndim == 3:
+        return torch.bmm(weight, x.unflatten(1, (len(weight), -1)).permute(1, 2, 0)).sum(0).t()
+    return (weight @ x.t()).t() if by_columns(weight) else F.linear(x, weight)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -262,16 +301,15 @@ def guide(conditional, unconditional, scale):
 def truncate(logits, top_k=0, top_p=1.0):
     """(B, K) with -inf outside the top_k likeliest codes and outside the smallest set of codes that
     holds top_p of the probability; the likeliest code always stays."""
+    if not top_k and top_p >= 1:
+        return logits
+    values, order = logits.sort(descending=True)
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
-        values, order = logits.sort(descending=True)
-        p = values.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # the codes before this one hold top_p already
-        outside[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
-    return logits
+        values[:, top_k:] = -math.inf
+    p = values.softmax(-1)
+    before = p.cumsum(-1) - p  # what the likelier codes hold
+    values[:, 1:] = values[:, 1:].masked_fill(before[:, 1:] >= top_p, -math.inf)
+    return logits.scatter(1, order, values)
 
 
 def draw(logits, generator=None):
@@ -336,7 +374,8 @@ def contrastive_loss(text, images, scale):
     """Vectors (B, D) of pairs -> mean of the two cross-entropies (CLIP §2.3) over the global batch:
     every process sees all vectors, and gradients flow back through the gathering."""
     if torch.distributed.is_initialized():
-        text, images = (torch.cat(all_gather(x)) for x in (text, images))
+        world = torch.distributed.group.WORLD
+        text, images = (all_gather_single_autograd(x, 0, world) for x in (text, images))
     logits = scale * text @ images.T  # (B, B)
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
@@ -439,6 +478,11 @@ def allowed(i, j, length, causal, kernel, grid):
     return visible
 
 
+def span(causal, kernel, grid, far):
+    """How many positions before and after its own a query sees at most; `far` is no limit."""
+    return (grid + 1) * (kernel // 2) if kernel else far, 0 if causal else far
+
+
 def tile_range(start, size, step, end, behind, ahead):
     """(first, last) of the tiles that the tile of positions start ... start + size - 1 meets: they
     begin at first, first + step, ... below last, and cover what lies up to `behind` before the
@@ -455,14 +499,15 @@ def tile_range(start, size, step, end, behind, ahead):
 def conv_offsets(kernel, grid):
     """The values of i - j that the conv-shaped mask allows, ascending: {0, 1, 3, 4, 5} for a 3 x 3
     kernel on a 4 x 4 grid, 61 values up to 165 for 11 x 11 on 32 x 32."""
-    reach = (grid + 1) * (kernel // 2)
-    return [o for o in range(reach + 1) if allowed(o, 0, 1, True, kernel, grid)]
+    behind, _ = span(True, kernel, grid, 0)
+    return [o for o in range(behind + 1) if allowed(o, 0, 1, True, kernel, grid)]
 
 
 # --- the hand-written path: flash attention in Triton --------------------------------------------
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
+# MASK is (causal, kernel, grid); Q, K, V ... are pointers, each with the strides of its four axes.
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
@@ -477,50 +522,43 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _mask(s, i, j, length, CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr):
-        """S with -inf where `allowed` says no; unsigned, since its remainder is cheaper then."""
-        i, j, length = i.to(tl.uint32), j.to(tl.uint32), length.to(tl.uint32)
-        return tl.where(_allowed(i, j, length, CAUSAL, KERNEL, GRID), s, float("-inf"))
-
-    @triton.jit
-    def _place(heads, LENGTHS, m):
-        """Batch row and head of this program, and the number of keys in that row."""
+    def _at(x, heads, rows, D: tl.constexpr):
+        """Pointers to these rows of this program's head: (rows, D)."""
         b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        length = tl.full([], m, tl.int32)
-        if LENGTHS is not None:
-            length = tl.minimum(tl.load(LENGTHS + b).to(tl.int32), length)
-        return b, h, length
+        return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, D)[None, :] * x[4]
 
     @triton.jit
-    def _load(X, strides, b, h, rows, n, D: tl.constexpr):
-        """The tile of given rows of one head: (rows, D), zeros past the end."""
-        at = b * strides[0] + h * strides[1] + rows[:, None] * strides[2] + tl.arange(0, D)[None]
-        return tl.load(X + at, mask=rows[:, None] < n, other=0.0)
+    def _load(x, heads, rows, n, D: tl.constexpr):
+        return tl.load(_at(x, heads, rows, D), mask=rows[:, None] < n, other=0.0)
 
     @triton.jit
-    def _store(X, strides, b, h, rows, n, value, D: tl.constexpr):
-        at = b * strides[0] + h * strides[1] + rows[:, None] * strides[2] + tl.arange(0, D)[None]
-        tl.store(X + at, value.to(X.dtype.element_ty), mask=rows[:, None] < n)
+    def _store(x, heads, rows, n, value, D: tl.constexpr):
+        tl.store(_at(x, heads, rows, D), value.to(x[0].dtype.element_ty), mask=rows[:, None] < n)
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, sq, sk, sv, so, heads, n, m, scale, behind, ahead,
-                 CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr, D: tl.constexpr,
-                 OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    def _scores(q, k, i, j, length, MASK: tl.constexpr):
+        """S in units of log 2, -inf where `allowed` says no; unsigned: a cheaper remainder."""
+        s = _dot(q, tl.trans(k)) * (LOG2E * q.shape[1] ** -0.5)
+        i, j, length = i.to(tl.uint32), j.to(tl.uint32), length.to(tl.uint32)
+        return tl.where(_allowed(i, j, length, MASK[0], MASK[1], MASK[2]), s, float("-inf"))
+
+    @triton.jit
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, heads, n, m, behind, ahead, MASK: tl.constexpr,
+                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
         """O and the log-sum-exp of one tile of queries."""
-        b, h, length = _place(heads, LENGTHS, m)
-        i0 = tl.program_id(0) * OWN
-        i = i0 + tl.arange(0, OWN)
-        q = _load(Q, sq, b, h, i, n, D)
+        length = tl.load(LENGTHS + tl.program_id(1) // heads).to(tl.int32)
+        start = tl.program_id(0) * OWN
+        i = start + tl.arange(0, OWN)
+        q = _load(Q, heads, i, n, D)
         # A finite floor for the maximum, not -inf: a row that sees no key then ends with l = 0.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
         total = tl.zeros([OWN], tl.float32)  # l, running sum of exp(S - top)
         acc = tl.zeros([OWN, D], tl.float32)  # running sum of exp(S - top) V
-        first, last = _tile_range(i0, OWN, STEP, length, behind, ahead)
+        first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
         for j0 in range(first, last, STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, sk, b, h, j, m, D), _load(V, sv, b, h, j, m, D)
-            s = _dot(q, tl.trans(k)) * (scale * LOG2E)
-            s = _mask(s, i[:, None], j[None, :], length, CAUSAL, KERNEL, GRID)
+            k, v = _load(K, heads, j, m, D), _load(V, heads, j, m, D)
+            s = _scores(q, k, i[:, None], j[None, :], length, MASK)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
             shrink = tl.exp2(top - new)  # what was summed so far was relative to the old maximum
@@ -528,99 +566,85 @@ if triton is not None:
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
         total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        _store(OUT, so, b, h, i, n, acc / total[:, None], D)
+        _store(OUT, heads, i, n, acc / total[:, None], D)
         tl.store(LSE + tl.program_id(1) * n + i, top + tl.log2(total), mask=i < n)
 
     @triton.jit
-    def _weights(x, y, gx, gy, lse, delta, i, j, length, scale,
-                 CAUSAL: tl.constexpr, KERNEL: tl.constexpr, GRID: tl.constexpr):  # fmt: skip
-        """P = exp(S - lse), computed again, and dS = P * (dP - delta) with dP = dO V^T, as tiles
-        (queries, keys) for x, y = Q, K and gx, gy = dO, V, or transposed, both pairs swapped."""
-        s = _dot(x, tl.trans(y)) * (scale * LOG2E) - lse
-        p = tl.exp2(_mask(s, i, j, length, CAUSAL, KERNEL, GRID))
-        dp = _dot(gx, tl.trans(gy))
-        return p.to(x.dtype), (p * (dp - delta)).to(x.dtype)
+    def _backward(X, GX, Y, GY, DX, DGX, LSE, DELTA, LENGTHS, heads, n, m, behind, ahead,
+                  MASK: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+                  KEYS: tl.constexpr):  # fmt: skip
+        """Gradients of one tile, over the tiles of the other side that see it or that it sees.
 
-    @triton.jit
-    def _backward(Q, K, V, G, DQ, DK, DV, LSE, DELTA, LENGTHS, sq, sk, sv, sg, sdq, sdk, sdv,
-                  heads, n, m, scale, behind, ahead, CAUSAL: tl.constexpr, KERNEL: tl.constexpr,
-                  GRID: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
-                  STEP: tl.constexpr):  # fmt: skip
-        """dK and dV of one tile of keys, then dQ of the tile of queries at the same positions."""
-        b, h, length = _place(heads, LENGTHS, m)
+        Of queries (X, GX = Q, dO and Y, GY = K, V): DX = dQ = dS K / sqrt(d). Of KEYS (X, GX = K, V
+        and Y, GY = Q, dO): DX = dK = dS^T Q / sqrt(d) and DGX = dV = P^T dO. Both compute again
+        P = exp(S - lse), dP = dO V^T and dS = P * (dP - delta), here transposed for keys."""
+        length = tl.load(LENGTHS + tl.program_id(1) // heads).to(tl.int32)
         LSE, DELTA = LSE + tl.program_id(1) * n, DELTA + tl.program_id(1) * n
         start = tl.program_id(0) * OWN
         own = start + tl.arange(0, OWN)
-        # dV = P^T dO and dK = dS^T Q / sqrt(d), over the queries that see these keys: those from
-        # `ahead` before to `behind` after, or none at all if the keys are padding.
-        key, value = _load(K, sk, b, h, own, m, D), _load(V, sv, b, h, own, m, D)
-        dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
-        end = n if start < length else 0
-        first, last = _tile_range(start, OWN, STEP, end, ahead, behind)
-        for i0 in range(first, last, STEP):
-            i = i0 + tl.arange(0, STEP)
-            q, g = _load(Q, sq, b, h, i, n, D), _load(G, sg, b, h, i, n, D)
-            lse = tl.load(LSE + i, mask=i < n, other=0.0)[None, :]
-            delta = tl.load(DELTA + i, mask=i < n, other=0.0)[None, :]
-            p, ds = _weights(key, q, value, g, lse, delta, i[None, :], own[:, None], length,
-                             scale, CAUSAL, KERNEL, GRID)  # fmt: skip  # (keys, queries)
-            dv += _dot(p, g)
-            dk += _dot(ds, q)
-        _store(DK, sdk, b, h, own, m, dk * scale, D)
-        _store(DV, sdv, b, h, own, m, dv, D)
-        # dQ = dS K / sqrt(d), over the keys that these queries see, as in the forward pass.
-        q, g = _load(Q, sq, b, h, own, n, D), _load(G, sg, b, h, own, n, D)
-        lse = tl.load(LSE + own, mask=own < n, other=0.0)[:, None]
-        delta = tl.load(DELTA + own, mask=own < n, other=0.0)[:, None]
-        dq = tl.zeros([OWN, D], tl.float32)
-        end = length if start < n else 0
+        if KEYS:  # queries see `behind` keys back, so keys are seen that far ahead; padding is not
+            rows, others, end, behind, ahead = m, n, tl.where(start < length, n, 0), ahead, behind
+        else:
+            rows, others, end = n, m, length
+        x, gx = _load(X, heads, own, rows, D), _load(GX, heads, own, rows, D)
+        dx, dgx = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
         first, last = _tile_range(start, OWN, STEP, end, behind, ahead)
-        for j0 in range(first, last, STEP):
-            j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, sk, b, h, j, m, D), _load(V, sv, b, h, j, m, D)
-            _, ds = _weights(q, k, g, v, lse, delta, own[:, None], j[None, :], length, scale,
-                             CAUSAL, KERNEL, GRID)  # fmt: skip  # (queries, keys)
-            dq += _dot(ds, k)
-        _store(DQ, sdq, b, h, own, n, dq * scale, D)
+        for y0 in range(first, last, STEP):
+            other = y0 + tl.arange(0, STEP)
+            y, gy = _load(Y, heads, other, others, D), _load(GY, heads, other, others, D)
+            if KEYS:
+                i, j = other[None, :], own[:, None]
+            else:
+                i, j = own[:, None], other[None, :]
+            lse = tl.load(LSE + i, mask=i < n, other=0.0)
+            delta = tl.load(DELTA + i, mask=i < n, other=0.0)
+            p = tl.exp2(_scores(x, y, i, j, length, MASK) - lse)
+            ds = p * (_dot(gx, tl.trans(gy)) - delta)
+            dx += _dot(ds.to(y.dtype), y)
+            if KEYS:
+                dgx += _dot(p.to(y.dtype), gy)
+        _store(DX, heads, own, rows, dx * D**-0.5, D)
+        if KEYS:
+            _store(DGX, heads, own, rows, dgx, D)
 
 
 class Fused(torch.autograd.Function):
     """The kernels above as one differentiable function; see `attention` for the arguments."""
 
     @staticmethod
-    def launch(run, inputs, outputs, extra, causal, kernel, grid, own, step):
-        """Run a kernel on every tile of `own` positions of every head."""
-        (B, H, n, d), m = inputs[0].shape, inputs[1].shape[2]
-        behind = (grid + 1) * (kernel // 2) if kernel else n + m  # query i sees key j only from
-        ahead = 0 if causal else n + m  # i - behind to i + ahead
-        size = inputs[0].element_size()
+    def launch(run, rows, matrices, others, mask, lengths, n, m, own, step, **more):
+        """Run a kernel on every tile of `own` rows of every head."""
+        (B, H, _, d), size = matrices[0].shape, matrices[0].element_size()
         own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
         warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
-        rows = n if len(outputs) == 1 else max(n, m)
-        strides = [x.stride()[:3] for x in (*inputs, *outputs)]
+        matrices = [(x, *x.stride()) for x in matrices]
         run[(triton.cdiv(rows, own), B * H)](
-            *inputs, *outputs, *extra, *strides, H, n, m, d**-0.5, behind, ahead,
-            causal, kernel, grid, d, own, step, num_warps=warps, num_stages=stages)  # fmt: skip
+            *matrices, *others, lengths, H, n, m, *span(*mask, n + m), mask, d, own, step,
+            num_warps=warps, num_stages=stages, **more)  # fmt: skip
 
     @staticmethod
-    def forward(ctx, q, k, v, lengths, causal, kernel, grid):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    def forward(ctx, q, k, v, lengths, *mask):
+        n, m = q.shape[2], k.shape[2]
+        whole = torch.full(q.shape[:1], m, device=q.device)
+        lengths = whole if lengths is None else lengths.clamp(max=m)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        own = 64 if kernel else 128  # a narrow tile follows the band of the mask more closely
-        Fused.launch(_forward, (q, k, v), [out], (lse, lengths), causal, kernel, grid, own, 64)
+        own = 64 if mask[1] else 128  # a narrow tile follows the band of the mask more closely
+        Fused.launch(_forward, n, (q, k, v, out), (lse,), mask, lengths, n, m, own, 64)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
-        ctx.mask = causal, kernel, grid
+        ctx.mask = mask
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, lengths = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        n, m = q.shape[2], k.shape[2]
         # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
-        delta = (grad.float() * out.float()).sum(-1).contiguous()
-        grads, extra = [torch.empty_like(x) for x in (q, k, v)], (lse, delta, lengths)
-        Fused.launch(_backward, (q, k, v, grad), grads, extra, *ctx.mask, 64, 32)
-        return (*grads, None, None, None, None)
+        others = lse, (grad.float() * out.float()).sum(-1)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        more = ctx.mask, lengths, n, m, 64, 32
+        Fused.launch(_backward, n, (q, grad, k, v, dq, dq), others, *more, KEYS=False)
+        Fused.launch(_backward, m, (k, v, q, grad, dk, dv), others, *more, KEYS=True)
+        return dq, dk, dv, None, None, None, None
 
 
 # --- the other path: torch's own attention -------------------------------------------------------
@@ -628,47 +652,33 @@ class Fused(torch.autograd.Function):
 BLOCK = 64  # queries that share one window of keys under the sparse mask; the fastest measured
 
 
-@functools.cache
-@torch.inference_mode(False)  # the mask outlives this call and may be saved for a backward pass
-def _window_mask(kernel, grid, device):
-    """What BLOCK queries see of the whole blocks before them that the sparse mask can reach, and
-    of their own: (BLOCK, window). The same for every block: the rule depends on i - j alone."""
-    before = -(-(grid + 1) * (kernel // 2) // BLOCK) * BLOCK
-    j = torch.arange(before + BLOCK, device=device)
-    return allowed(j[before:, None], j, before + BLOCK, True, kernel, grid)
-
-
-def _block_local(q, k, v, kernel, grid):
-    """The sparse mask without N x N work: each block of queries attends to its own window."""
-    mask = _window_mask(kernel, grid, q.device)
-    reach = mask.shape[1] // BLOCK - 1  # blocks before its own that a block sees
-    queries, keys, values = (x.split(BLOCK, 2) for x in (q, k, v))
-    out = []
-    for b, rows in enumerate(queries):
-        start = max(b - reach, 0)
-        window = torch.cat(keys[start : b + 1], 2)  # (B, H, up to BLOCK * (reach + 1), d)
-        first = (reach - (b - start)) * BLOCK  # the first windows are cut by the picture's start
-        near = mask[: rows.shape[2], first : first + window.shape[2]]
-        content = torch.cat(values[start : b + 1], 2)
-        out.append(F.scaled_dot_product_attention(rows, window, content, attn_mask=near))
-    return torch.cat(out, 2)
-
-
-def _masked(q, k, v, mask):
-    """Attention with a boolean mask, True where visible; a row without any True gives zeros."""
-    empty = ~mask.any(-1, keepdim=True)
+def by_blocks(q, k, v, lengths, *mask):
+    """The same with torch. The sparse mask without N x N work: each block of queries attends to the
+    window of keys it can reach, through one small mask, since the rule depends on i - j alone. Any
+    other mask is that of a single block."""
+    (n, m), out = (q.shape[2], k.shape[2]), []
+    local = mask[1] > 0 and n == m and lengths is None
+    length = m if lengths is None else lengths[:, None, None, None]
+    size = BLOCK if local else max(n, m)
+    before = -(-span(*mask, 0)[0] // size) if local else 0  # blocks before its own that one sees
+    j = torch.arange((before + 1) * size, device=q.device)
+    seen = allowed(j[before * size :, None], j, math.inf if local else length, *mask)
     # A softmax over nothing is NaN, in the gradient too: such rows see all, then give 0.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty)
-    return out.masked_fill(empty, 0)
+    empty = ~seen.any(-1, keepdim=True)
+    queries, keys, values = (x.split(size, dim=2) for x in (q, k, v))
+    for b, rows in enumerate(queries):
+        first = max(b - before, 0)
+        near, content = (torch.cat(x[first : b + 1], dim=2) for x in (keys, values))
+        start = (before - b + first) * size  # the first windows are cut by the picture's start
+        see = (seen | empty)[..., : rows.shape[2], start : start + near.shape[2]]
+        out.append(F.scaled_dot_product_attention(rows, near, content, attn_mask=see))
+    return torch.cat(out, dim=2) if local else out[0].masked_fill(empty[..., :n, :], 0)
 
 
 # --- the door ------------------------------------------------------------------------------------
 
 
-def attention(
-    q, k, v, causal=False, kernel=0, grid=0, lengths=None, query_positions=None,
-    key_positions=None, fused=None,
-):  # fmt: skip
+def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, fused=None):
     """softmax(Q K^T / sqrt(d), masked) V with statistics in float32, differentiable in q, k, v.
 
     q (B, H, Nq, d); k, v (B, H, Nk, d); any strides; returns (B, H, Nq, d) in q's dtype.
@@ -676,8 +686,8 @@ def attention(
     kernel, grid: if kernel > 0 (odd), the conv-shaped sparse mask over a raster of `grid` columns,
       which is causal; see `allowed`.
     lengths: (B,) integers; keys at lengths[b] and after are padding and are not seen.
-    query_positions (Nq,), key_positions (Nk,): for decoding with a cache, the positions that the
-      rows hold (by default 0, 1, 2 ...), in any order; -1 marks an empty slot of the cache.
+    mask: in place of all these, for decoding with a cache: numbers to add to the scores, 0 or -inf,
+      that broadcast to (B, H, Nq, Nk); each query must see a key.
     fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) where
       they apply, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
@@ -685,22 +695,16 @@ def attention(
     """
     if kernel and (kernel % 2 == 0 or grid < 1):
         raise ValueError(f"a sparse mask needs an odd kernel and a grid, not {kernel} and {grid}")
-    causal, (n, m) = causal or kernel > 0, (q.shape[2], k.shape[2])
-    decoding = query_positions is not None or key_positions is not None
+    if mask is not None:  # as it is written: faster than blocks for one query
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask  # float32, as the mask is
+        return scores.softmax(-1).to(v.dtype) @ v
     if fused is None:
-        fused = triton is not None and (q.is_cuda or INTERPRET.value) and not decoding
+        fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
-    if fused:
-        return Fused.apply(q, k, v, lengths, causal, kernel, grid)
-    if not decoding and lengths is None:
-        if kernel and n == m:
-            return _block_local(q, k, v, kernel, grid)
-        if not kernel:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    i = torch.arange(n, device=q.device) if query_positions is None else query_positions
-    j = torch.arange(m, device=q.device) if key_positions is None else key_positions
-    length = float("inf") if lengths is None else lengths[:, None, None, None]
-    return _masked(q, k, v, allowed(i[:, None], j, length, causal, kernel, grid))
+    if not fused and not kernel and lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    path = Fused.apply if fused else by_blocks
+    return path(q, k, v, lengths, causal or kernel > 0, kernel, grid)
 
 
 # --- files and walk-through ----------------------------------------------------------------------
@@ -718,30 +722,20 @@ def load(path):
     return model.eval()
 
 
-def seconds(work, device, repeat=3):
-    """The shortest time of one call of work()."""
-    times = []
-    for _ in range(repeat + 1):  # the first call warms up
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+def seconds(work, least=0.3):
+    """The shortest time of one call of work(), over at least so many seconds."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=least).times)
 
 
 def walk_through():
     """Every step on a tiny example, and parameter counts against Parti's Table 1."""
-    config = replace(PRESETS["tiny"], text_vocab=300, codes=1_024)
-    model = Parti(config).eval()
-    text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, config.tokens))
-    memory, lengths = model.encoder(text)
-    print(f"text                     {tuple(text.shape)}\nencoded text             "
-          f"{tuple(memory.shape)}\nimage tokens             {tuple(tokens.shape)}\nlogits"
-          f"                   {tuple(model(text, tokens).shape)}\nsampled, guidance 1.2    "
-          f"{tuple(model.generate(text, 1.2).shape)}")
+    model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
+    text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
+    steps = (("text", text), ("encoded text", model.encoder(text)[0]), ("image tokens", tokens),
+             ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
+    for name, value in steps:
+        print(f"{name:25}{tuple(value.shape)}")
     print("\nParameters of the blocks, and in all (Parti Table 1)")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
@@ -751,50 +745,58 @@ def walk_through():
 
 
 def benchmark(device):
-    """Attention, a training step and sampling on this machine, against what the machine can do."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    how = {"device": device, "dtype": dtype}
-    a = torch.randn(2_048, 2_048, **how)
-    rate = 2 * 2_048**3 / seconds(lambda: a @ a, device)
-    print(f"\n{device}, {torch.get_num_threads()} threads, {dtype}: "
-          f"matmul {rate / 1e9:,.0f} GFLOP/s")  # fmt: skip
+    """Attention, training and sampling on this machine, against what the machine can do."""
+    cuda, rates = device == "cuda", {}
+    a, big = torch.randn(2_048, 2_048, device=device), torch.ones(2**26, device=device)
+    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + fast]:
+        b = a.to(dtype)
+        rates[dtype] = 2 * 2_048**3 / seconds(lambda: b @ b)
+        print(f"{device}, matmul {dtype}: {rates[dtype] / 1e9:,.0f} GFLOP/s")
+    bandwidth = big.nbytes / seconds(big.sum)
+    print(f"reading memory: {bandwidth / 1e9:,.1f} GB/s, {torch.get_num_threads()} threads")
 
-    print("attention, ms, (B, H, N, d) = (2, 8, N, 64)   forward   forward + backward")
-    for n, grid in ((256, 16), (1_024, 32)):
-        q, k, v = (torch.randn(2, 8, n, 64, **how, requires_grad=True) for _ in range(3))
-        for name, rule in (("dense", {}), ("causal", {"causal": True}),
-                           ("sparse", {"causal": True, "kernel": 11, "grid": grid})):  # fmt: skip
-            with torch.no_grad():
-                forward = seconds(lambda: attention(q, k, v, **rule), device)
-            both = seconds(lambda: attention(q, k, v, **rule).sum().backward(), device)
-            print(f"  N {n:5}  {name:8}{forward * 1e3:35.2f}{both * 1e3:21.2f}")
+    print("\nattention, ms, (B, H, N, d) = (2, 8, N, 64)         forward   forward + backward")
+    rules = {"dense": {}, "causal": {"causal": True}, "sparse": {"kernel": 11}}
+    table = itertools.product((16, 32, 64)[: 2 + cuda], rules.items(), (False, True)[: 1 + cuda])
+    for grid, (name, rule), fused in table:
+        q, k, v = torch.randn(3, 2, 8, grid**2, 64, device=device, dtype=dtype).requires_grad_()
+        run = functools.partial(attention, q, k, v, grid=grid, fused=fused, **rule)
+        kind, both = "hand-written" if fused else "torch", seconds(lambda: run().sum().backward())
+        with torch.no_grad():
+            print(f"  N {grid**2:5}  {name:8}{kind:14}{seconds(run) * 1e3:25.2f}{both * 1e3:20.2f}")
 
+    print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes, guidance")
     config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
                          encoder_layers=8, decoder_layers=8, dropout=0.0)  # fmt: skip
-    model = Parti(config).to(device)
-    text = torch.randint(4, 1_000, (8, 64), device=device)
-    tokens = torch.randint(8_192, (8, 256), device=device)
+    text = torch.randint(4, 1_000, (16, 64), device=device)
+    tokens = torch.randint(config.codes, (8, 256), device=device)
+    for dtype in rates:
+        model = Parti(config).to(device)
+        cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
-    def step():
-        model.zero_grad()
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits = model(text, tokens)
-        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        def step():
+            with cast:
+                logits = model(text[:8], tokens)
+            F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
 
-    time_of = seconds(step, device, repeat=2)
-    weights = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
-    sides = [sum(n for name, n in weights.items() if ("encoder" in name) == side and "embed" not in
-                 name and ".cross.kv" not in name) for side in (True, False)]  # fmt: skip
-    keys = sum(n for name, n in weights.items() if ".cross.kv" in name)
-    flops = 6 * 8 * (64 * (sides[0] + keys) + 256 * sides[1])
-    print(f"training step of 8 x (64 text + 256 image tokens), width 512, 8 + 8 layers: "
-          f"{8 * 256 / time_of:,.0f} tokens/s, {flops / time_of / rate:.0%} of the matmul rate")
-    model.eval()
-    for batch in (1, 16):
-        start = time.perf_counter()
-        model.generate(text[:1].expand(batch, -1), guidance=1.2)
-        spent = time.perf_counter() - start
-        print(f"sampling with guidance, batch {batch}: {256 * batch / spent:,.0f} tokens/s")
+        with FlopCounterMode(display=False) as counter:
+            step()
+        spent = seconds(step)
+        print(f"{dtype}, training, batch 8: {tokens.numel() / spent:,.0f} tokens/s, "
+              f"{counter.get_total_flops() / spent / rates[dtype]:.0%} of the matmul rate")
+        for batch, grid in ((1, 16), (1, 32), (16, 16)):
+            model = Parti(replace(config, grid=grid)).to(device).eval()
+            start = time.perf_counter()
+            with cast:
+                n = model.generate(text[:batch], guidance=1.2).numel()
+            spent = (time.perf_counter() - start) / n  # a token
+            with cast, torch.no_grad():
+                layers = CachedDecoder(model, text[:batch].repeat(2, 1)).layers
+            read = sum(x.nbytes for _, maps, *caches in layers for x in (*maps, *caches))
+            limit = (read + model.head.weight.nbytes) / bandwidth / batch
+            print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {1 / spent:6,.0f} "
+                  f"tokens/s, {spent * batch * 1e3:.1f} ms a step, {limit / spent:.0%} of memory")
 
 
 if __name__ == "__main__":

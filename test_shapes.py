@@ -2026,6 +2026,7 @@ CASES = [  # Nq, Nk, d, causal, kernel, grid, padded, dtype
     (65, 65, 64, True, 3, 7, False, torch.float16),
     (67, 130, 64, False, 0, 0, True, torch.bfloat16),
     (1, 1, 128, True, 0, 0, False, torch.bfloat16),
+    (60, 20, 32, True, 3, 4, False, torch.float32),
 ]
 
 
@@ -2116,26 +2117,17 @@ def test_ring_of_positions_equals_the_whole(kernel):
     for p in range(n):
         keys[:, :, p % ring], values[:, :, p % ring] = k[:, :, p], v[:, :, p]
         positions[p % ring] = p
-        one = prior.attention(
-            q[:, :, p : p + 1],
-            keys,
-            values,
-            True,
-            kernel,
-            grid,
-            query_positions=torch.tensor([p]),
-            key_positions=positions,
-        )
+        see = prior.allowed(p, positions, n, True, kernel, grid)[None]
+        mask = torch.where(see, 0.0, -math.inf)
+        one = prior.attention(q[:, :, p : p + 1], keys, values, mask=mask)
         torch.testing.assert_close(one, whole[:, :, p : p + 1])
 
 
-def test_mask_made_while_sampling_serves_training():
-    q = torch.randn(1, 1, 20, 8, requires_grad=True)
-    with torch.inference_mode():
-        prior.attention(q, q, q, kernel=3, grid=5)
-    prior.attention(q, q, q, kernel=3, grid=5).sum().backward()
-    with pytest.raises(ValueError):
-        prior.attention(q, q, q, kernel=4, grid=5)
+def test_a_sparse_mask_needs_an_odd_kernel_and_a_grid():
+    q = torch.randn(1, 1, 20, 8)
+    for kernel, grid in ((4, 5), (3, 0)):
+        with pytest.raises(ValueError, match=f"{kernel} and {grid}"):
+            prior.attention(q, q, q, kernel=kernel, grid=grid)
 
 
 # --- the prior -----------------------------------------------------------------------------------
@@ -2255,7 +2247,7 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(kernel):
     step, whole = prior.CachedDecoder(model, text), model(text, tokens)
     assert step.size == (6 if kernel else 16), "the ring holds what the mask can reach, F79"
     for i in range(16):
-        logits = step(i, tokens[:, i - 1] if i else None)
+        logits = step(i, tokens[:, i - 1] if i else torch.full((4,), model.config.codes))
         assert torch.allclose(logits, whole[:, i], atol=1e-4), f"position {i} saw something else"
 
 
