@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ class PriorConfig:
     encoder_layers: int = 12
     decoder_layers: int = 12
     dropout: float = 0.1  # on residual, activation and attention outputs (§3, ViT-VQGAN §4.1)
-    kernel: int = 11  # side of the conv-shaped attention mask (§2.2); 0: dense causal
+    # Side of the conv-shaped attention mask (§2.2); 0: dense causal.
+    kernel: int = field(default=11, metadata={"least": 0})
 
     def __post_init__(self):
         if self.width % self.heads:

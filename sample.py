@@ -340,8 +340,6 @@ def main():
     options, _, _ = parse(__doc__, Options())
     if not (options.words or options.prompts or options.evaluate):
         raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
-    if options.n < 1:
-        raise SystemExit(f"--n {options.n}: expected at least one picture per prompt")
     try:
         painter = Painter(options)
         if options.evaluate:

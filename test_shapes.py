@@ -32,13 +32,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 optimizers import it: here, once for all processes
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-os.environ["TRITON_INTERPRET"] = "1"  # the kernels run without a GPU; before prior is imported
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels run without a GPU; before triton is imported
+
+import torch._dynamo  # noqa: E402, F401 optimizers import it: here, once for all processes
 
 import data  # noqa: E402
 import prior  # noqa: E402
@@ -817,13 +818,9 @@ def test_a_file_that_vanishes_is_a_bad_file(tmp_path):
 
 
 def test_batch_must_divide(tmp_path):
-    for wrong in ("--batch", "6", "--accumulate", "4"), ("--batch", "0"):
-        argv = ["--out", str(tmp_path), "--device", "cpu", *wrong]
-        assert "--batch" in error(
-            lambda: data.Run(
-                *data.parse("", data.Options(), SIZES_OF, train_prior.RECIPES, argv=argv)[::2], "x"
-            )
-        )
+    argv = ["--out", str(tmp_path), "--device", "cpu", "--batch", "6", "--accumulate", "4"]
+    options, _, recipe = data.parse("", data.Options(), SIZES_OF, train_prior.RECIPES, argv=argv)
+    assert "--batch" in error(data.Run, options, recipe, "x", 0)
 
 
 # --- options
@@ -978,7 +975,7 @@ CONFIG = {"width": 64, "sizes": (1, 2)}
 
 def new_run(out, steps=100, **options):
     recipe = data.Recipe(steps=steps, batch=2, lr=0.1, weight_decay=0.0)
-    return data.Run(data.Options(out=str(out), device="cpu", **options), recipe, "prior")
+    return data.Run(data.Options(out=str(out), device="cpu", **options), recipe, "prior", 0)
 
 
 @pytest.fixture
@@ -1006,7 +1003,8 @@ def test_save_and_resume(tmp_path, capsys, restore_signals):
     assert (found["step"], found["config"], run.start) == (2, CONFIG, 2)
     assert found["model"]["w"].eq(2).all() and not (tmp_path / "prior.pt.tmp").exists()
     assert "step 2 of 100" in capsys.readouterr().out
-    message = error(new_run(tmp_path).resume, {"width": 96, "sizes": (1, 2), "depth": 3})
+    other = {"width": 96, "sizes": (1, 2), "depth": 3}
+    message = error(new_run(tmp_path).resume, other, vqgan.read)
     assert (
         "width 64 there, 96 here" in message
         and "depth" in message

@@ -133,7 +133,7 @@ def main():
     options, config, recipe = data.parse(__doc__, Options(), PRESETS, RECIPES, "350m")
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
-    run = data.Run(options, recipe, options.stage)
+    run = data.Run(options, recipe, options.stage, config.width)
     tokenizer = options.vqgan or Path(options.out, "vqgan.pt")
     if not Path(tokenizer).exists():
         raise SystemExit(f"{tokenizer} does not exist; this makes it: python train_vqgan.py")

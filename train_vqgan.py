@@ -195,7 +195,8 @@ def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small")
     if options.stage != "tokenizer":    # its codebook is there already
         recipe = replace(recipe, autoencoder=0.0)
-    run = data.Run(options, recipe, "vqgan" if options.stage == "tokenizer" else options.stage)
+    name = "vqgan" if options.stage == "tokenizer" else options.stage
+    run = data.Run(options, recipe, name, config.width)
 
     # The networks and their optimizers, new or from the checkpoint.
     torch.manual_seed(recipe.seed)
