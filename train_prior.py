@@ -52,7 +52,7 @@ PAPER = Recipe(steps=450_000, batch=8192, lr=4.5e-5, warmup=5_000, schedule="exp
                decay_from=85_000, final=0.025, weight_decay=0.045, clip=4.0, log_every=100)
 RECIPES = dict.fromkeys(PRESETS, PAPER)
 RECIPES["tiny"] = Recipe(
-    steps=3600, batch=24, optimizer="adamw", lr=3e-3, weight_decay=0.03, clip=4.0, warmup=100,
+    steps=3200, batch=24, optimizer="adamw", lr=3e-3, weight_decay=0.03, clip=4.0, warmup=100,
     schedule="linear", decay_from=1800, final=0.0, code_start=True, temperature=0.8, top_p=0.95,
     log_every=20, save_every=400)
 
