@@ -307,7 +307,8 @@ def measure(painter, split, dataset, n, table, inception=None, **sampling):
 def evaluate(painter, options):
     """Measure what is in out/, on built-in scenes or --data -> a table and out/evaluate.csv. Ctrl-C
     ends the measuring, not the table. The sweep over guidance, with a fifth of the captions, also
-    compares best of 8 (or of --rerank) with the first where there is a ranker."""
+    compares best of 8 (or of --rerank) with the first where there is a ranker, and draws the same
+    captions at every scale, out/guidance.png."""
     data = options.data or painter.val.get("data", "")
     captions = options.captions or ("" if options.data else painter.val.get("captions", ""))
     inception = load_inception(options.inception, painter.device) if options.inception else None
@@ -320,6 +321,11 @@ def evaluate(painter, options):
         for scale in SWEEP if painter.prior and not data else ():
             for split, dataset in splits.items():
                 measure(painter, f"sweep: {split}", dataset, max(1, n // 5), table, guidance=scale)
+        if painter.prior and not data:
+            texts = splits["pair"].captions(8)
+            rows = [painter.draw(texts, guidance=scale)[0][:, 0] for scale in SWEEP]
+            labels = [f"guidance {scale}" for scale in SWEEP]
+            save_grid(Path(options.out, "guidance.png"), rows, labels)
     except KeyboardInterrupt:
         say("stopped; what has been measured so far:")
     path = Path(options.out, "evaluate.csv")
