@@ -23,7 +23,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan import Tower, VQGANConfig, read
+from vqgan import Tower, VQGANConfig, restore
 
 try:
     import triton
@@ -390,7 +390,8 @@ class Adafactor(torch.optim.Optimizer):
     update clipping, momentum kept in int8, decoupled weight decay, absolute learning rate.
 
     m, the momentum, is stored as round(m / s) with one s = max|m| / 127 a column; that of vectors,
-    which weigh nothing, as it is."""
+    which weigh nothing, as it is. Where Parti is silent: m has no bias correction, as in Praxis,
+    and the learning rate multiplies m, as in Adam, not the update that enters it."""
 
     def __init__(self, params, lr, betas=(0.9, 0.96), weight_decay=0.045, clip=1.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, clip=clip))
@@ -401,12 +402,6 @@ class Adafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad.float(), self.state[p], group)
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.state.values():  # torch gives every state the type of its parameter
-            if "bucket" in state:
-                state["momentum"] = state["momentum"].to(torch.int8)
 
     def update(self, p, grad, state, group):
         beta1, beta2 = group["betas"]
@@ -422,6 +417,7 @@ class Adafactor(torch.optim.Optimizer):
             scale = average(state, "square", square, decay).rsqrt()
         update = grad * scale
         update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
+        # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
         momentum = state["momentum"] = momentum.lerp(update, 1 - beta1)
         if p.ndim >= 2:
@@ -714,13 +710,34 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
 def load(path):
     """A prior from the checkpoint of train_prior.py -> Parti on the CPU, in eval mode. A missing,
     damaged or misfitting file stops with one line (SystemExit)."""
-    saved = read(path)
-    try:
-        model = Parti(PriorConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} is not a prior: {' '.join(str(error).split())[:200]}")
-    return model.eval()
+    return restore(path, lambda saved: Parti(PriorConfig(**saved["config"])))[0]
+
+
+def memory(config, batch, shards=1):
+    """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes, but
+    for passing buffers: {"weights", "gradients", "optimizer", "activations"}.
+
+    batch: pictures of this process. shards: processes that share the first three (FSDP). The
+    activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU
+    masks take half); attention keeps no N x N matrix."""
+    with torch.device("meta"):
+        named = dict(Parti(config).named_parameters())
+    count = sum(p.numel() for p in named.values())
+    # A matrix has an int8 momentum and float32 rows, columns and buckets, a vector two moments.
+    moments = sum(p.numel() + sum(4 * p.numel() // p.shape[i] for i in (-1, -2, 0))
+                  if p.ndim > 1 else 8 * p.numel() for p in named.values())
+    # The bfloat16 copies that autocast makes; under FSDP, too, they stay whole.
+    copies = sum(2 * p.numel() for name, p in named.items() if "blocks" in name and p.ndim > 1)
+    # Bytes of a token: 4 a number for what a norm receives, which is float32, 2 for all else.
+    D, N, T = config.width, config.tokens, config.text_length
+    mix = (4 + 2 + 2 + 4 + 2) * D  # norm, its output, q, attention's output in two layouts, dropout
+    pair = (2 + 4) * D  # what keys and values come from, and they
+    block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp  # MLP: GELU's input, dropout,
+    encoder = config.encoder_layers * T * block                      # output are mlp wide
+    decoder = config.decoder_layers * (N * (block + mix) + T * pair)
+    ends = N * ((4 + 4 + 4) * D + 4 * config.codes)  # dropout, norm and head; log-probabilities
+    return {"weights": 4 * count // shards, "gradients": 4 * count // shards, "optimizer":
+            moments // shards, "activations": copies + batch * (encoder + decoder + ends)}
 
 
 def seconds(work, least=0.3):
@@ -737,12 +754,16 @@ def walk_through():
              ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
     for name, value in steps:
         print(f"{name:25}{tuple(value.shape)}")
-    print("\nParameters of the blocks, and in all (Parti Table 1)")
-    for name in ("350m", "750m", "3b", "20b"):
+    print("\nParameters of the blocks (Parti Table 1), in all; GB that a process needs to train with 8"
+          "\npictures of its own: activations, and all with nothing sharded, over 8, over 64")
+    for name, config in list(PRESETS.items())[1:]:
         with torch.device("meta"):
-            named = dict(Parti(PRESETS[name]).named_parameters())
-        blocks = sum(p.numel() for n, p in named.items() if "blocks" in n and p.ndim == 2)
-        print(f"{name:8}{blocks:16,}{sum(p.numel() for p in named.values()):16,}")
+            named = Parti(config).named_parameters()
+        blocks = sum(p.numel() for n, p in named if "blocks" in n and p.ndim == 2)
+        needs = [memory(config, 8, shards) for shards in (1, 8, 64)]
+        gigabytes = needs[0]["activations"], *(sum(need.values()) for need in needs)
+        print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}",
+              *(f"{x / 1e9:9.1f}" for x in gigabytes))
 
 
 def benchmark(device):
