@@ -183,11 +183,12 @@ class Parti(nn.Module):
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        config, (memory, lengths) = self.config, self.encoder(text)  # (B, T, D)
+        config = self.config
+        words, lengths = self.encoder(text)  # (B, T, D)
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
-            x = block(x, memory, lengths, causal=True, kernel=config.kernel, grid=config.grid)
+            x = block(x, words, lengths, causal=True, kernel=config.kernel, grid=config.grid)
         return self.logits(x)
 
     @torch.no_grad()
@@ -219,9 +220,9 @@ class CachedDecoder:
 
     def __init__(self, prior, text):
         self.prior, config, kind = prior, prior.config, text.device.type
-        memory, lengths = prior.encoder(text)
+        text, lengths = prior.encoder(text)  # (B, T, D)
         auto = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if auto else memory.dtype
+        dtype = torch.get_autocast_dtype(kind) if auto else text.dtype
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
@@ -234,8 +235,8 @@ class CachedDecoder:
             own, cross = block.attention, block.cross
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
                     cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
-            words = cross.kv(memory).to(dtype).unflatten(-1, (2, config.heads, -1))
-            words = words.permute(2, 0, 3, 1, 4).contiguous()  # keys and values (2, B, H, T, d)
+            # Keys and values (2, B, H, T, d) of the text; room for those of the picture.
+            words = torch.stack(split_heads(cross.kv(text).to(dtype), 2 * config.heads).chunk(2, 1))
             kept = words.new_zeros(*words.shape[:3], self.size, words.shape[-1])
             *maps, down = [w.to(dtype) for w in maps]
             if by_columns(down):
@@ -263,9 +264,8 @@ class CachedDecoder:
         seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
         seen = torch.where(seen, 0.0, -math.inf)  # (filled,)
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            new = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
-            q, *new = new.unbind(1)  # (B, H, 1, d)
-            kept[0, :, :, slot], kept[1, :, :, slot] = new
+            qkv = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
+            q, kept[0, :, :, slot], kept[1, :, :, slot] = qkv.unbind(1)  # (B, H, 1, d) each
             y = attention(q, *kept[:, :, :, : self.filled], mask=seen)  # (B, H, 1, d)
             x += times(out, y.flatten(1))
             q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
@@ -374,7 +374,7 @@ def hide(text, vocab, draws):
 def contrastive_loss(text, images, scale):
     """Vectors (B, D) of pairs -> mean of the two cross-entropies (CLIP §2.3) over the global batch:
     every process sees all vectors, and gradients flow back through the gathering."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # backward adds up W equal losses; DDP divides by W
         world = torch.distributed.group.WORLD
         text, images = (all_gather_single_autograd(x, 0, world) for x in (text, images))
     logits = scale * text @ images.T  # (B, B)
@@ -446,7 +446,8 @@ def initialise(model):
         elif p.ndim == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the variance of unit-scale inputs
     for stack in (model.encoder.blocks, getattr(model, "blocks", [])):
-        for block in stack:  # GPT-2: the sum over all residual branches keeps the variance
+        for block in stack:  # GPT-2: the sum over all residual branches keeps the variance. The
+            # cross-attention is left as loud as it is: pictures must not outshout the text.
             for output in (block.attention.out, block.down):
                 output.weight.data.mul_((2 * len(stack)) ** -0.5)
 
@@ -754,8 +755,8 @@ def walk_through():
              ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
     for name, value in steps:
         print(f"{name:25}{tuple(value.shape)}")
-    print("\nParameters of the blocks (Parti Table 1), in all; GB that a process needs to train with 8"
-          "\npictures of its own: activations, and all with nothing sharded, over 8, over 64")
+    print("\nParameters: blocks (Parti Table 1), all. GB to train with 8 pictures a process:"
+          "\nactivations alone; in all with nothing sharded (DDP), sharded over 8, over 64 (FSDP)")
     for name, config in list(PRESETS.items())[1:]:
         with torch.device("meta"):
             named = Parti(config).named_parameters()
@@ -810,10 +811,9 @@ def benchmark(device):
         for batch, grid in ((1, 16), (1, 32), (16, 16)):
             model = Parti(replace(config, grid=grid)).to(device).eval()
             start = time.perf_counter()
-            with cast:
-                n = model.generate(text[:batch], guidance=1.2).numel()
-            spent = (time.perf_counter() - start) / n  # a token
             with cast, torch.no_grad():
+                n = model.generate(text[:batch], guidance=1.2).numel()
+                spent = (time.perf_counter() - start) / n  # a token
                 layers = CachedDecoder(model, text[:batch].repeat(2, 1)).layers
             read = sum(x.nbytes for _, maps, *caches in layers for x in (*maps, *caches))
             limit = (read + model.head.weight.nbytes) / bandwidth / batch

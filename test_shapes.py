@@ -2177,11 +2177,9 @@ def test_f67_block_weights_of_table_1_on_the_meta_device(name, weights):
     assert isinstance(model.norm, nn.LayerNorm) and isinstance(model.encoder.norm, nn.LayerNorm)
 
 
-@pytest.mark.parametrize("width, layers", [(64, (2, 2)), (128, (3, 5))])
+@pytest.mark.parametrize("width, layers", [(64, (2, 2)), (128, (3, 4))])
 def test_memory_is_what_autograd_and_adafactor_keep(width, layers):
-    config = dataclasses.replace(prior.PRESETS["350m"], text_vocab=100, text_length=32, codes=256)
-    config = dataclasses.replace(config, grid=16, width=width, heads=width // 32, mlp=4 * width)
-    config = dataclasses.replace(config, encoder_layers=layers[0], decoder_layers=layers[1], kernel=0)
+    config = prior.PriorConfig(100, 32, 256, 8, width, width // 32, 4 * width, *layers, kernel=0)
     model = Parti(config)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     for batch in (1, 3):
@@ -2196,11 +2194,12 @@ def test_memory_is_what_autograd_and_adafactor_keep(width, layers):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(torch.full((batch, 32), 5), tokens)
-                loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+                F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         saved = sum(size for storage, size in kept.items() if storage not in weights)
         assert need["activations"] == pytest.approx(saved, rel=0.1), "a block keeps something else"
-    loss.backward()
     optimizer = prior.Adafactor(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     optimizer.step()
     moments = [x for state in optimizer.state.values() for x in state.values()]
     assert need["optimizer"] == sum(x.nbytes for x in moments if torch.is_tensor(x))

@@ -134,10 +134,8 @@ def main():
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
     run = data.Run(options, recipe, options.stage, config.width)
-    tokenizer = options.vqgan or Path(options.out, "vqgan.pt")
-    if not Path(tokenizer).exists():
-        raise SystemExit(f"{tokenizer} does not exist; this makes it: python train_vqgan.py")
-    tokenizer = vqgan.load(tokenizer).requires_grad_(False).to(run.device)
+    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt"))
+    tokenizer = tokenizer.requires_grad_(False).to(run.device)
     size = tokenizer.config.image_size
     train, held_out = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                       recipe.seed) for split in ("train", "seen"))

@@ -158,8 +158,9 @@ def start_codebook(model, pool, generator, surroundings=8):
 
 
 def training_pictures(batches, model, recipe, pool, run):
-    """Batches of bytes -> pictures (b, 3, H, W) in [0, 1]. With a pool of patches: mosaics alone to
-    train the autoencoder, then k-means starts the codebook, then recipe.mosaic of the batch."""
+    """Batches of bytes -> tuples of pictures (b, 3, H, W) in [0, 1]. With a pool of patches:
+    mosaics alone train the autoencoder, then k-means starts the codebook, then recipe.mosaic of a
+    batch are mosaics."""
     for step, (images, _) in enumerate(batches, run.start):
         images = images / 255
         if pool is not None:
@@ -172,7 +173,7 @@ def training_pictures(batches, model, recipe, pool, run):
             rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
             chosen = (rows < share * recipe.batch).view(-1, 1, 1, 1)
             images = torch.where(chosen, mosaics(patches, model.config)[rows], images)
-        yield images.to(run.device).contiguous(),
+        yield (images.to(run.device).contiguous(),)
 
 
 MEASURES = "psnr", "usage", "perplexity", "right"
