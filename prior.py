@@ -715,8 +715,9 @@ def load(path):
 
 
 def memory(config, batch, shards=1):
-    """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes, but
-    for passing buffers: {"weights", "gradients", "optimizer", "activations"}.
+    """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes:
+    {"weights", "gradients", "optimizer", "activations"}. On top come DDP's buckets, as much as the
+    gradients, or the one block that FSDP gathers, and whatever lives for one operation alone.
 
     batch: pictures of this process. shards: processes that share the first three (FSDP). The
     activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU

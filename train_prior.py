@@ -125,8 +125,7 @@ def draw_samples(model, tokenizer, held_out, text, recipe, path, device):
     seed = torch.Generator(device).manual_seed(recipe.seed)
     tokens = model.generate(text(captions).repeat_interleave(4, 0).to(device), recipe.guidance,
                             recipe.temperature, recipe.top_k, recipe.top_p, seed)
-    pictures = torch.cat([tokenizer.decode(part) for part in tokens.split(32)])
-    data.save_grid(path, pictures.split(4), captions)
+    data.save_grid(path, tokenizer.decode(tokens).split(4), captions)
 
 
 def main():

@@ -100,7 +100,8 @@ def predict(net, images, tokenizer=None, **how):
 
 def generator_step(net, critic, lpips, images, recipe, **how):
     """-> reconstructions (B, 3, H, W) without gradient, {name in the recipe: its loss; "loss": the
-    weighted sum}. The discriminator is frozen: it only passes gradients on."""
+    weighted sum}. The discriminator is frozen: it only passes gradients on. Under a frozen codebook
+    its loss is a constant, logged but without gradient."""
     maps, codebook_loss, _ = predict(net, images, **how)
     pictures = vqgan.view(maps)
     losses = {"codebook": codebook_loss, "l2": F.mse_loss(pictures, images),
