@@ -23,7 +23,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan import Tower, VQGANConfig, restore
+from vqgan import Tower, VQGANConfig, patchify, restore
 
 try:
     import triton
@@ -350,8 +350,7 @@ class DualEncoder(nn.Module):
 
     def embed_images(self, images):
         """images (B, 3, S, S) in [0, 1] -> unit vectors (B, D)."""
-        patches = F.pixel_unshuffle(images, self.patch).flatten(2).transpose(1, 2)
-        return F.normalize(self.image(patches).mean(1).float(), dim=-1)
+        return F.normalize(self.image(patchify(images, self.patch)).mean(1).float(), dim=-1)
 
     def forward(self, text, images, hidden):
         """-> text vectors, image vectors, both (B, D), temperature factor (capped at 100), logits

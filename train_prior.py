@@ -199,7 +199,8 @@ def main():
                           run.world, options.workers,
                           recipe.drop if options.stage == "prior" else 0.0, text)
     run.train([network], [optimizer], stream, [loss_of], evaluate, ("held_out",), state)
-    data.say(f"{run.path} is there; next: python sample.py \"a red circle\"")
+    after = {"prior": 'sample.py "a red circle"', "text": f"train_prior.py --text {run.path}"}
+    data.say(f"{run.path} is there; next: python {after[run.name]}")
 
 
 if __name__ == "__main__":

@@ -132,16 +132,14 @@ def discriminator_step(critic, images, fakes, recipe, step):
 def distinct_patches(images, config):
     """Pictures (B, 3, H, W) -> their patches without repetitions (M, 3 * p * p): background, which
     is most of a scene, counts once. The first are repeated to make M a multiple of N."""
-    patches = F.pixel_unshuffle(images, config.patch).flatten(2).transpose(1, 2)
-    patches = patches.flatten(0, 1).unique(dim=0)
+    patches = vqgan.patchify(images, config.patch).flatten(0, 1).unique(dim=0)
     count = math.ceil(len(patches) / config.grid ** 2) * config.grid ** 2
     return patches[torch.arange(count) % len(patches)]
 
 
 def mosaics(patches, config):
     """Patches (n * N, 3 * p * p) in reading order -> pictures (n, 3, H, W)."""
-    grid = patches.unflatten(0, (-1, config.grid, config.grid))            # (n, G, G, 3*p*p)
-    return F.pixel_shuffle(grid.permute(0, 3, 1, 2), config.patch)
+    return vqgan.unpatchify(patches.unflatten(0, (-1, config.grid ** 2)), config.patch)
 
 
 @torch.no_grad()
