@@ -23,7 +23,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan import Tower, VQGANConfig, read
+from vqgan import Tower, VQGANConfig, patchify, restore
 
 try:
     import triton
@@ -183,11 +183,12 @@ class Parti(nn.Module):
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        config, (memory, lengths) = self.config, self.encoder(text)  # (B, T, D)
+        config = self.config
+        words, lengths = self.encoder(text)  # (B, T, D)
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
-            x = block(x, memory, lengths, causal=True, kernel=config.kernel, grid=config.grid)
+            x = block(x, words, lengths, causal=True, kernel=config.kernel, grid=config.grid)
         return self.logits(x)
 
     @torch.no_grad()
@@ -219,9 +220,9 @@ class CachedDecoder:
 
     def __init__(self, prior, text):
         self.prior, config, kind = prior, prior.config, text.device.type
-        memory, lengths = prior.encoder(text)
+        text, lengths = prior.encoder(text)  # (B, T, D)
         auto = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if auto else memory.dtype
+        dtype = torch.get_autocast_dtype(kind) if auto else text.dtype
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
@@ -234,8 +235,8 @@ class CachedDecoder:
             own, cross = block.attention, block.cross
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
                     cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
-            words = cross.kv(memory).to(dtype).unflatten(-1, (2, config.heads, -1))
-            words = words.permute(2, 0, 3, 1, 4).contiguous()  # keys and values (2, B, H, T, d)
+            # Keys and values (2, B, H, T, d) of the text; room for those of the picture.
+            words = torch.stack(split_heads(cross.kv(text).to(dtype), 2 * config.heads).chunk(2, 1))
             kept = words.new_zeros(*words.shape[:3], self.size, words.shape[-1])
             *maps, down = [w.to(dtype) for w in maps]
             if by_columns(down):
@@ -263,9 +264,8 @@ class CachedDecoder:
         seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
         seen = torch.where(seen, 0.0, -math.inf)  # (filled,)
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            new = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
-            q, *new = new.unbind(1)  # (B, H, 1, d)
-            kept[0, :, :, slot], kept[1, :, :, slot] = new
+            qkv = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
+            q, kept[0, :, :, slot], kept[1, :, :, slot] = qkv.unbind(1)  # (B, H, 1, d) each
             y = attention(q, *kept[:, :, :, : self.filled], mask=seen)  # (B, H, 1, d)
             x += times(out, y.flatten(1))
             q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
@@ -350,8 +350,7 @@ class DualEncoder(nn.Module):
 
     def embed_images(self, images):
         """images (B, 3, S, S) in [0, 1] -> unit vectors (B, D)."""
-        patches = F.pixel_unshuffle(images, self.patch).flatten(2).transpose(1, 2)
-        return F.normalize(self.image(patches).mean(1).float(), dim=-1)
+        return F.normalize(self.image(patchify(images, self.patch)).mean(1).float(), dim=-1)
 
     def forward(self, text, images, hidden):
         """-> text vectors, image vectors, both (B, D), temperature factor (capped at 100), logits
@@ -374,7 +373,7 @@ def hide(text, vocab, draws):
 def contrastive_loss(text, images, scale):
     """Vectors (B, D) of pairs -> mean of the two cross-entropies (CLIP §2.3) over the global batch:
     every process sees all vectors, and gradients flow back through the gathering."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # backward adds up W equal losses; DDP divides by W
         world = torch.distributed.group.WORLD
         text, images = (all_gather_single_autograd(x, 0, world) for x in (text, images))
     logits = scale * text @ images.T  # (B, B)
@@ -390,7 +389,8 @@ class Adafactor(torch.optim.Optimizer):
     update clipping, momentum kept in int8, decoupled weight decay, absolute learning rate.
 
     m, the momentum, is stored as round(m / s) with one s = max|m| / 127 a column; that of vectors,
-    which weigh nothing, as it is."""
+    which weigh nothing, as it is. Where Parti is silent: m has no bias correction, as in Praxis,
+    and the learning rate multiplies m, as in Adam, not the update that enters it."""
 
     def __init__(self, params, lr, betas=(0.9, 0.96), weight_decay=0.045, clip=1.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, clip=clip))
@@ -401,12 +401,6 @@ class Adafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad.float(), self.state[p], group)
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.state.values():  # torch gives every state the type of its parameter
-            if "bucket" in state:
-                state["momentum"] = state["momentum"].to(torch.int8)
 
     def update(self, p, grad, state, group):
         beta1, beta2 = group["betas"]
@@ -422,6 +416,7 @@ class Adafactor(torch.optim.Optimizer):
             scale = average(state, "square", square, decay).rsqrt()
         update = grad * scale
         update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
+        # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
         momentum = state["momentum"] = momentum.lerp(update, 1 - beta1)
         if p.ndim >= 2:
@@ -450,7 +445,8 @@ def initialise(model):
         elif p.ndim == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the variance of unit-scale inputs
     for stack in (model.encoder.blocks, getattr(model, "blocks", [])):
-        for block in stack:  # GPT-2: the sum over all residual branches keeps the variance
+        for block in stack:  # GPT-2: the sum over all residual branches keeps the variance. The
+            # cross-attention is left as loud as it is: pictures must not outshout the text.
             for output in (block.attention.out, block.down):
                 output.weight.data.mul_((2 * len(stack)) ** -0.5)
 
@@ -714,13 +710,35 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
 def load(path):
     """A prior from the checkpoint of train_prior.py -> Parti on the CPU, in eval mode. A missing,
     damaged or misfitting file stops with one line (SystemExit)."""
-    saved = read(path)
-    try:
-        model = Parti(PriorConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} is not a prior: {' '.join(str(error).split())[:200]}")
-    return model.eval()
+    return restore(path, lambda saved: Parti(PriorConfig(**saved["config"])))[0]
+
+
+def memory(config, batch, shards=1):
+    """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes:
+    {"weights", "gradients", "optimizer", "activations"}. On top come DDP's buckets, as much as the
+    gradients, or the one block that FSDP gathers, and whatever lives for one operation alone.
+
+    batch: pictures of this process. shards: processes that share the first three (FSDP). The
+    activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU
+    masks take half); attention keeps no N x N matrix."""
+    with torch.device("meta"):
+        named = dict(Parti(config).named_parameters())
+    count = sum(p.numel() for p in named.values())
+    # A matrix has an int8 momentum and float32 rows, columns and buckets, a vector two moments.
+    moments = sum(p.numel() + sum(4 * p.numel() // p.shape[i] for i in (-1, -2, 0))
+                  if p.ndim > 1 else 8 * p.numel() for p in named.values())
+    # The bfloat16 copies that autocast makes; under FSDP, too, they stay whole.
+    copies = sum(2 * p.numel() for name, p in named.items() if "blocks" in name and p.ndim > 1)
+    # Bytes of a token: 4 a number for what a norm receives, which is float32, 2 for all else.
+    D, N, T = config.width, config.tokens, config.text_length
+    mix = (4 + 2 + 2 + 4 + 2) * D  # norm, its output, q, attention's output in two layouts, dropout
+    pair = (2 + 4) * D  # what keys and values come from, and they
+    block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp  # MLP: GELU's input, dropout,
+    encoder = config.encoder_layers * T * block                      # output are mlp wide
+    decoder = config.decoder_layers * (N * (block + mix) + T * pair)
+    ends = N * ((4 + 4 + 4) * D + 4 * config.codes)  # dropout, norm and head; log-probabilities
+    return {"weights": 4 * count // shards, "gradients": 4 * count // shards, "optimizer":
+            moments // shards, "activations": copies + batch * (encoder + decoder + ends)}
 
 
 def seconds(work, least=0.3):
@@ -737,12 +755,16 @@ def walk_through():
              ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
     for name, value in steps:
         print(f"{name:25}{tuple(value.shape)}")
-    print("\nParameters of the blocks, and in all (Parti Table 1)")
-    for name in ("350m", "750m", "3b", "20b"):
+    print("\nParameters: blocks (Parti Table 1), all. GB to train with 8 pictures a process:"
+          "\nactivations alone; in all with nothing sharded (DDP), sharded over 8, over 64 (FSDP)")
+    for name, config in list(PRESETS.items())[1:]:
         with torch.device("meta"):
-            named = dict(Parti(PRESETS[name]).named_parameters())
-        blocks = sum(p.numel() for n, p in named.items() if "blocks" in n and p.ndim == 2)
-        print(f"{name:8}{blocks:16,}{sum(p.numel() for p in named.values()):16,}")
+            named = Parti(config).named_parameters()
+        blocks = sum(p.numel() for n, p in named if "blocks" in n and p.ndim == 2)
+        needs = [memory(config, 8, shards) for shards in (1, 8, 64)]
+        gigabytes = needs[0]["activations"], *(sum(need.values()) for need in needs)
+        print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}",
+              *(f"{x / 1e9:9.1f}" for x in gigabytes))
 
 
 def benchmark(device):
@@ -789,10 +811,9 @@ def benchmark(device):
         for batch, grid in ((1, 16), (1, 32), (16, 16)):
             model = Parti(replace(config, grid=grid)).to(device).eval()
             start = time.perf_counter()
-            with cast:
-                n = model.generate(text[:batch], guidance=1.2).numel()
-            spent = (time.perf_counter() - start) / n  # a token
             with cast, torch.no_grad():
+                n = model.generate(text[:batch], guidance=1.2).numel()
+                spent = (time.perf_counter() - start) / n  # a token
                 layers = CachedDecoder(model, text[:batch].repeat(2, 1)).layers
             read = sum(x.nbytes for _, maps, *caches in layers for x in (*maps, *caches))
             limit = (read + model.head.weight.nbytes) / bandwidth / batch

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import vqgan
-from data import (Scenes, Text, batches, check, kind, launch, open_data, parse, pick, prior_crop,
-                  save_grid, say)
+from data import (Scenes, Text, batches, check, kind, launch, open_data, option, parse, pick,
+                  prior_crop, save_grid, say)
 from prior import DualEncoder, Parti, PriorConfig
 
 BATCH = 64   # pictures drawn at a time
@@ -33,23 +33,23 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 
 @dataclass(frozen=True)
 class Options:
-    words: tuple = field(default=(), metadata={"help": "prompts; quote them"})
-    n: int = field(default=4, metadata={"help": "pictures per prompt"})
-    guidance: float = field(default=-1.0, metadata={"help": "Parti Eq. 1; -1: the checkpoint's"})
-    temperature: float = field(default=-1.0, metadata={"help": "0: always the likeliest code"})
-    top_k: int = field(default=-1, metadata={"help": "only the k likeliest codes; 0: all"})
-    top_p: float = field(default=-1.0, metadata={"help": "only the codes that hold this share"})
-    rerank: int = field(default=0, metadata={"help": "candidates, of which the best n are kept"})
-    upsample: bool = field(default=False, metadata={"help": "enlarge with upsampler.pt"})
+    words: tuple = option((), "prompts; quote them")
+    n: int = option(4, "pictures per prompt")
+    guidance: float = option(-1.0, "Parti Eq. 1; -1: the checkpoint's")
+    temperature: float = option(-1.0, "0: always the likeliest code")
+    top_k: int = option(-1, "only the k likeliest codes; 0: all")
+    top_p: float = option(-1.0, "only the codes that hold this share")
+    rerank: int = option(0, "candidates, of which the best n are kept")
+    upsample: bool = option(False, "enlarge with upsampler.pt")
     seed: int = 0
-    prompts: str = field(default="", metadata={"help": "file: a prompt a line, or PartiPrompts"})
-    evaluate: bool = field(default=False, metadata={"help": "measure instead of drawing"})
-    limit: int = field(default=0, metadata={"help": "pictures per measurement (0: 512); prompts"})
-    data: str = field(default="", metadata={"help": "to evaluate on; empty: as in training"})
-    captions: str = field(default="", metadata={"help": "COCO captions JSON, with --data"})
-    inception: str = field(default="", metadata={"help": "NVIDIA's TorchScript file, for FID"})
-    vqgan: str = field(default="", metadata={"help": "tokenizer; empty: the prior's"})
-    out: str = field(default="out", metadata={"help": "folder of checkpoints and results"})
+    prompts: str = option("", "file: a prompt a line, or PartiPrompts")
+    evaluate: bool = option(False, "measure instead of drawing")
+    limit: int = option(0, "pictures per measurement (0: 512); prompts")
+    data: str = option("", "to evaluate on; empty: as in training")
+    captions: str = option("", "COCO captions JSON, with --data")
+    inception: str = option("", "NVIDIA's TorchScript file, for FID")
+    vqgan: str = option("", "tokenizer; empty: the prior's")
+    out: str = option("out", "folder of checkpoints and results")
     device: str = "auto"
     dtype: str = "auto"
 

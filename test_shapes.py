@@ -653,7 +653,7 @@ class Recorder:
         return result
 
 
-def test_crop_ranges_of_the_papers():
+def test_f4_f5_f6_crop_ranges_of_the_papers():
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (600, 1000, 3), dtype=np.uint8)
     )
@@ -674,7 +674,7 @@ def test_crop_ranges_of_the_papers():
             assert crop(image.resize(size), 256, np.random.default_rng(0)).shape == (256, 256, 3)
 
 
-def test_shrinking_averages_areas():
+def test_f7_shrinking_averages_areas_and_f5_never_flips():
     image = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
     assert np.unique(data.centre_crop(image, 32)).tolist() == [128], (
         "a chequerboard must become grey"
@@ -944,7 +944,7 @@ def test_device_and_dtype():
 # --- schedules
 
 
-def test_schedules():
+def test_f49_f99_f100_schedules():
     parti = train_prior.PAPER
     for step, expected in (
         (200_000, 1.408e-5),
@@ -2177,6 +2177,37 @@ def test_f67_block_weights_of_table_1_on_the_meta_device(name, weights):
     assert isinstance(model.norm, nn.LayerNorm) and isinstance(model.encoder.norm, nn.LayerNorm)
 
 
+@pytest.mark.parametrize("width, layers", [(64, (2, 2)), (128, (3, 4))])
+def test_memory_is_what_autograd_and_adafactor_keep(width, layers):
+    config = prior.PriorConfig(100, 32, 256, 8, width, width // 32, 4 * width, *layers, kernel=0)
+    model = Parti(config)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    for batch in (1, 3):
+        kept, alive, need = {}, [], prior.memory(config, batch)
+
+        def pack(x):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            alive.append(x)  # or its memory serves twice
+            return x
+
+        tokens = torch.zeros(batch, config.tokens).long()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(torch.full((batch, 32), 5), tokens)
+                F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        saved = sum(size for storage, size in kept.items() if storage not in weights)
+        assert need["activations"] == pytest.approx(saved, rel=0.1), "a block keeps something else"
+    optimizer = prior.Adafactor(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values()]
+    assert need["optimizer"] == sum(x.nbytes for x in moments if torch.is_tensor(x))
+    assert need["weights"] == need["gradients"] == sum(p.nbytes for p in model.parameters())
+    shared = prior.memory(config, batch, shards=2)
+    assert shared["activations"] == need["activations"] and shared["weights"] == need["weights"] / 2
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [({"width": 100, "heads": 3}, ("100", "3")), ({"kernel": 4}, ("kernel 4", "odd"))],
@@ -2192,6 +2223,9 @@ def test_f71_the_first_loss_is_ln_k():
     logits = Parti(SMALL)(torch.ones(2, 12).long(), torch.randint(24, (2, 16)))
     loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(24, (32,)))
     assert loss.item() == pytest.approx(math.log(24), abs=1e-6)
+    paper = Parti(dataclasses.replace(SMALL, codes=prior.PRESETS["350m"].codes))
+    loss = -paper(torch.ones(1, 12).long(), torch.zeros(1, 16).long()).log_softmax(-1).mean()
+    assert loss.item() == pytest.approx(9.011, abs=1e-3)
 
 
 @pytest.mark.parametrize("kernel", [0, 3])
@@ -2426,10 +2460,10 @@ def test_adafactor_resumes_exactly_and_decays_by_itself():
     buffer.seek(0)
     again = prior.Adafactor(copies, lr=5.0)
     again.load_state_dict(torch.load(buffer, weights_only=True))
-    types = [again.state[p]["momentum"].dtype for p in copies]
-    assert types == [torch.int8, torch.float32], "loading gives momentum the type of its parameter"
     steps(optimizer, gradients[3:])
     steps(again, gradients[3:])
+    types = [again.state[p]["momentum"].dtype for p in copies]
+    assert types == [torch.int8, torch.float32], "loading gives momentum the type of its parameter"
     assert torch.equal(a, copies[0]) and torch.equal(vector, copies[1])
     (still,), optimizer = adafactor((4, 4), weight_decay=0.1)
     before, still.grad = still.detach().clone(), torch.zeros(4, 4)
@@ -2781,7 +2815,7 @@ TSV = (
 )
 
 
-def test_read_prompts(tmp_path):
+def test_f124_partiprompts_are_read_with_literal_quotes(tmp_path):
     (tmp_path / "p.tsv").write_text(TSV, encoding="utf-8", newline="")
     rows = sample.read_prompts(tmp_path / "p.tsv")
     assert [r["Category"] for r in rows] == ["Arts", "Food & Beverage", "Arts"]

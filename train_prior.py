@@ -125,8 +125,7 @@ def draw_samples(model, tokenizer, held_out, text, recipe, path, device):
     seed = torch.Generator(device).manual_seed(recipe.seed)
     tokens = model.generate(text(captions).repeat_interleave(4, 0).to(device), recipe.guidance,
                             recipe.temperature, recipe.top_k, recipe.top_p, seed)
-    pictures = torch.cat([tokenizer.decode(part) for part in tokens.split(32)])
-    data.save_grid(path, pictures.split(4), captions)
+    data.save_grid(path, tokenizer.decode(tokens).split(4), captions)
 
 
 def main():
@@ -134,10 +133,8 @@ def main():
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
     run = data.Run(options, recipe, options.stage, config.width)
-    tokenizer = options.vqgan or Path(options.out, "vqgan.pt")
-    if not Path(tokenizer).exists():
-        raise SystemExit(f"{tokenizer} does not exist; this makes it: python train_vqgan.py")
-    tokenizer = vqgan.load(tokenizer).requires_grad_(False).to(run.device)
+    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt"))
+    tokenizer = tokenizer.requires_grad_(False).to(run.device)
     size = tokenizer.config.image_size
     train, held_out = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                       recipe.seed) for split in ("train", "seen"))
@@ -202,7 +199,8 @@ def main():
                           run.world, options.workers,
                           recipe.drop if options.stage == "prior" else 0.0, text)
     run.train([network], [optimizer], stream, [loss_of], evaluate, ("held_out",), state)
-    data.say(f"{run.path} is there; next: python sample.py \"a red circle\"")
+    after = {"prior": 'sample.py "a red circle"', "text": f"train_prior.py --text {run.path}"}
+    data.say(f"{run.path} is there; next: python {after[run.name]}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def predict(net, images, tokenizer=None, **how):
 
 def generator_step(net, critic, lpips, images, recipe, **how):
     """-> reconstructions (B, 3, H, W) without gradient, {name in the recipe: its loss; "loss": the
-    weighted sum}. The discriminator is frozen: it only passes gradients on."""
+    weighted sum}. The discriminator is frozen: it only passes gradients on. Under a frozen codebook
+    its loss is a constant, logged but without gradient."""
     maps, codebook_loss, _ = predict(net, images, **how)
     pictures = vqgan.view(maps)
     losses = {"codebook": codebook_loss, "l2": F.mse_loss(pictures, images),
@@ -131,16 +132,14 @@ def discriminator_step(critic, images, fakes, recipe, step):
 def distinct_patches(images, config):
     """Pictures (B, 3, H, W) -> their patches without repetitions (M, 3 * p * p): background, which
     is most of a scene, counts once. The first are repeated to make M a multiple of N."""
-    patches = F.pixel_unshuffle(images, config.patch).flatten(2).transpose(1, 2)
-    patches = patches.flatten(0, 1).unique(dim=0)
+    patches = vqgan.patchify(images, config.patch).flatten(0, 1).unique(dim=0)
     count = math.ceil(len(patches) / config.grid ** 2) * config.grid ** 2
     return patches[torch.arange(count) % len(patches)]
 
 
 def mosaics(patches, config):
     """Patches (n * N, 3 * p * p) in reading order -> pictures (n, 3, H, W)."""
-    grid = patches.unflatten(0, (-1, config.grid, config.grid))            # (n, G, G, 3*p*p)
-    return F.pixel_shuffle(grid.permute(0, 3, 1, 2), config.patch)
+    return vqgan.unpatchify(patches.unflatten(0, (-1, config.grid ** 2)), config.patch)
 
 
 @torch.no_grad()
@@ -158,8 +157,9 @@ def start_codebook(model, pool, generator, surroundings=8):
 
 
 def training_pictures(batches, model, recipe, pool, run):
-    """Batches of bytes -> pictures (b, 3, H, W) in [0, 1]. With a pool of patches: mosaics alone to
-    train the autoencoder, then k-means starts the codebook, then recipe.mosaic of the batch."""
+    """Batches of bytes -> tuples of pictures (b, 3, H, W) in [0, 1]. With a pool of patches:
+    mosaics alone train the autoencoder, then k-means starts the codebook, then recipe.mosaic of a
+    batch are mosaics."""
     for step, (images, _) in enumerate(batches, run.start):
         images = images / 255
         if pool is not None:
@@ -172,7 +172,7 @@ def training_pictures(batches, model, recipe, pool, run):
             rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
             chosen = (rows < share * recipe.batch).view(-1, 1, 1, 1)
             images = torch.where(chosen, mosaics(patches, model.config)[rows], images)
-        yield images.to(run.device).contiguous(),
+        yield (images.to(run.device).contiguous(),)
 
 
 MEASURES = "psnr", "usage", "perplexity", "right"

@@ -126,6 +126,17 @@ class Tower(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # The tokenizer
 
+def patchify(images, p):
+    """(B, C, H, W) -> its p x p patches in reading order, (B, N, C*p*p)."""
+    return F.pixel_unshuffle(images, p).flatten(2).transpose(1, 2)
+
+
+def unpatchify(patches, p):
+    """The inverse, for square pictures: (B, N, C*p*p) -> (B, C, H, W)."""
+    grid = math.isqrt(patches.shape[1])
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (grid, grid)), p)
+
+
 class VQGAN(nn.Module):
     """ViT-VQGAN: ViT encoder, factorised l2-normalised codebook, ViT decoder (ViT-VQGAN §3). Token
     ids depend on `encoder` and `codebook` alone: freeze these two to train another `decoder`."""
@@ -163,8 +174,8 @@ class VQGAN(nn.Module):
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        patches = F.pixel_unshuffle(images, self.config.patch).flatten(2)  # (B, 3*p*p, N)
-        return F.normalize(self.encoder(patches.transpose(1, 2)).float(), dim=-1)
+        patches = patchify(images, self.config.patch)                      # (B, N, 3*p*p)
+        return F.normalize(self.encoder(patches).float(), dim=-1)
 
     def quantize(self, z):
         """Unit latents (B, N, code_dim) -> nearest codes, codebook loss, tokens (ViT-VQGAN Eq. 1).
@@ -184,8 +195,7 @@ class VQGAN(nn.Module):
         """Codes (B, N, code_dim) -> what the decoder emits, float32: (B, 6, H, W) mu and ln b of
         the logit-Laplace density, or (B, 3, H, W) plain RGB."""
         patches = self.decoder(z * self.config.code_scale)                 # (B, N, maps*p*p)
-        patches = patches.transpose(1, 2).unflatten(2, (self.config.grid, -1))
-        return F.pixel_shuffle(patches.float(), self.config.patch)         # (B, maps, H, W)
+        return unpatchify(patches.float(), self.config.patch)              # (B, maps, H, W)
 
     def encode(self, images):
         """Pictures (B, 3, H, W) in [0, 1] -> tokens (B, N) int64, row by row."""
