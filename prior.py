@@ -49,7 +49,8 @@ class PriorConfig:
     mlp: int = 4_096
     encoder_layers: int = 12
     decoder_layers: int = 12
-    dropout: float = 0.1  # on residual, activation and attention outputs (§3, ViT-VQGAN §4.1)
+    # On residual, activation and attention outputs (§3, ViT-VQGAN §4.1).
+    dropout: float = field(default=0.1, metadata={"most": 1})
     # Side of the conv-shaped attention mask (§2.2); 0: dense causal.
     kernel: int = field(default=11, metadata={"least": 0})
 
@@ -205,7 +206,7 @@ class Parti(nn.Module):
             logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
             if guided:
                 logits = guide(*logits.chunk(2), guidance)
-            tokens.append(draw(truncate(logits / temperature, top_k, top_p), generator))
+            tokens.append(draw(truncate(logits / max(temperature, 1e-4), top_k, top_p), generator))
         return torch.stack(tokens[1:], dim=1)
 
 

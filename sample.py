@@ -35,7 +35,7 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 class Options:
     words: tuple = field(default=(), metadata={"help": "prompts; quote them"})
     n: int = field(default=4, metadata={"help": "pictures per prompt"})
-    guidance: float = field(default=-1.0, metadata={"help": "Parti Eq. 1; -1: the checkpoint's"})
+    guidance: float = field(default=-1.0, metadata={"help": "if not given, the checkpoint's"})
     temperature: float = field(default=-1.0, metadata={"help": "0: always the likeliest code"})
     top_k: int = field(default=-1, metadata={"help": "only the k likeliest codes; 0: all"})
     top_p: float = field(default=-1.0, metadata={"help": "only the codes that hold this share"})
@@ -77,7 +77,6 @@ class Painter(torch.nn.Module):
         self.sampling = dict(guidance=1.2, temperature=1.0, top_k=0, top_p=1.0)   # Parti's
         self.sampling |= saved.get("sampling", {})                                # the preset's
         self.sampling |= {k: v for k in self.sampling if (v := getattr(options, k)) >= 0}
-        self.sampling["temperature"] = max(self.sampling["temperature"], 1e-4)
 
         path = options.vqgan or saved.get("vqgan") or out / "vqgan.pt"
         self.vqgan = self.decoder = vqgan.load(path)
