@@ -787,13 +787,15 @@ def launch(main):
     """
     try:
         main()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
         if attempt is not None:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
             if store.add(f"failed/{attempt}", 1) > 1:
                 sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit("stopped; the same command continues")
         if isinstance(error, OSError):
             raise SystemExit(f"{error}: make room, or give a folder to write into; nothing that "
                              "was saved is lost, and the same command continues")
@@ -870,8 +872,8 @@ class Run:
                 raise SystemExit(f"{self.path} has another configuration ({different}); use the "
                                  "same options, another --out, or --fresh")
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
-            say(f"{self.path}: {how}, step {self.start} of {steps}; "
-                + _differences(saved["recipe"], dataclasses.asdict(self.recipe)))
+            changed = _differences(saved["recipe"], dataclasses.asdict(self.recipe))
+            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
         if self.main and self.csv.exists():
             if saved:
                 self._reopen_log()

@@ -339,19 +339,16 @@ def main():
     options, _, _ = parse(__doc__, Options())
     if not (options.words or options.prompts or options.evaluate):
         raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
-    try:
-        painter = Painter(options)
-        if options.evaluate:
-            evaluate(painter, options)
-        elif options.prompts:
-            draw_file(painter, options)
-        else:
-            prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
-            path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
-            save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
-            print(path)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command draws what is missing")
+    painter = Painter(options)
+    if options.evaluate:
+        evaluate(painter, options)
+    elif options.prompts:
+        draw_file(painter, options)
+    else:
+        prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
+        path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
+        save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
+        print(path)
 
 
 if __name__ == "__main__":

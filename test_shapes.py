@@ -2579,6 +2579,20 @@ def test_the_prior_learns_and_starts_from_the_text_stage(train, tmp_path):
     assert (tmp_path / "prior/prior.png").exists()
 
 
+@slow
+def test_a_continued_prior_keeps_its_vocabulary_though_captions_have_changed(train, tmp_path):
+    folder = tmp_path / "pictures/dog"
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (40, 40), (30 * i, 0, 0)).save(folder / f"{i}.png")
+    options = "--preset", "tiny", "--data", str(folder.parent)
+    _, first = train("prior", *options, steps=3)
+    folder.rename(folder.parent / "zebra")
+    _, then = train("prior", *options, steps=4)
+    assert then["step"] == 4
+    same(first["text"], then["text"])
+
+
 def test_warm_start_takes_the_encoder_alone(tokenizer_file):
     torch.manual_seed(3)
     warm = DualEncoder(SMALL, 32)
@@ -2886,7 +2900,7 @@ def test_prompts_file_resumes(monkeypatch, out, tmp_path):
 
     monkeypatch.setattr(sample.Painter, "paint", stop)
     with pytest.raises(SystemExit, match="stopped"):
-        run("--guidance", 4)
+        data.launch(lambda: run("--guidance", 4))
 
 
 class Net(torch.nn.Module):
