@@ -180,9 +180,9 @@ def read_caption(caption):
                          rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
     if not match:
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
-    number, *words, background = match.groups()
-    objects = [tuple(words[:3])] + [tuple(words[4:])] * bool(words[3])
-    return NUMBERS.get(number, 1), objects, names.get(words[3]), background or "white"
+    number, *first, word, size, colour, shape, background = match.groups()
+    objects = [tuple(first)] + [(size, colour, shape)] * bool(word)
+    return NUMBERS.get(number, 1), objects, names.get(word), background or "white"
 
 
 def kind(caption):
@@ -283,8 +283,8 @@ def open_image(file, draft=math.inf):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:    # PIL meets damaged files with a dozen different exceptions
-        reason = str(error).split(" <_io")[0]    # without the address of a file object
-        raise BadImage(str(file), f"{type(error).__name__}: {reason}") from None
+        reason = f"{type(error).__name__}: {error}".split(" <_io")[0]    # no address of an object
+        raise BadImage(str(file), reason) from None
 
 
 def _crop(image, size, rng, offset, ratios):
@@ -481,8 +481,7 @@ class Pictures:
                 for picture in found:
                     listed.setdefault(picture, []).append(caption)
         if lists and not listed:
-            raise SystemExit(f"{lists[0]} names no picture that is there; expected names of "
-                             f"pictures such as {names[0]}")
+            raise SystemExit(f"{lists[0]} names no picture that is there, such as {names[0]}")
         return listed
 
 
@@ -612,10 +611,9 @@ class Stream(torch.utils.data.Dataset):
                 bad[error.args[0]] = error.args[-1]
 
     def _index(self, position):
-        if isinstance(self.dataset, Scenes):
-            return position
         epoch, place = divmod(position, len(self.dataset))
-        return int(permutation(self.seed, epoch, len(self.dataset))[place])
+        endless = isinstance(self.dataset, Scenes)
+        return position if endless else permutation(self.seed, epoch, len(self.dataset))[place]
 
 
 def _deaf(worker):
@@ -726,7 +724,8 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):    # words, before, between and after the options
             flag, how = name, {"nargs": "*"}
-        parser.add_argument(flag, default=argparse.SUPPRESS, choices=more.get("choices"), **how,
+        choices = presets if name == "preset" else more.get("choices")
+        parser.add_argument(flag, default=argparse.SUPPRESS, choices=choices, **how,
                             help=f"{more.get('help', '')} [{default}]".strip())
     given = vars(parser.parse_intermixed_args(argv))
     for name, value in given.items():
@@ -743,8 +742,6 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
     if not presets:
         return override(options), None, None
     preset = given["preset"] = given.get("preset") or (large if given.get("data") else "tiny")
-    if preset not in presets:
-        fail(f"--preset {preset}: expected one of {', '.join(presets)}")
     try:
         return tuple(override(part) for part in (options, presets[preset], recipes[preset]))
     except ValueError as error:
@@ -794,11 +791,9 @@ def launch(main):
             store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
             if store.add(f"failed/{attempt}", 1) > 1:
                 sys.exit(1)
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit("stopped; the same command continues")
-        if isinstance(error, OSError):
-            raise SystemExit(f"{error}: make room, or give a folder to write into; nothing that "
-                             "was saved is lost, and the same command continues")
+        if isinstance(error, (KeyboardInterrupt, OSError)):    # a full disk, for instance
+            raise SystemExit(f"stopped ({str(error) or 'Ctrl-C'}); what was saved is whole, and "
+                             "the same command continues")
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
