@@ -137,6 +137,10 @@ def main():
     options, config, recipe = data.parse(__doc__, Options(), PRESETS, RECIPES, "350m")
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
+    if any(getattr(config, name) != getattr(PRESETS[options.preset], name)
+           for name in ("text_vocab", "codes", "grid")):
+        raise SystemExit("--text-vocab, --codes, --grid come from captions and tokenizer: leave "
+                         "them out; --pieces sets the size of the vocabulary")
     if options.fsdp and "RANK" not in os.environ:
         raise SystemExit("--fsdp shards over processes: start it with torchrun")
     run = data.Run(options, recipe, options.stage, config.width)
