@@ -77,7 +77,7 @@ class Scenes:
 
     def __init__(self, split="train", size=64, seed=0, length=1_000_000):
         if split not in SPLITS or size % GRID:
-            raise ValueError(f"no scenes of split {split!r} at {size} pixels: expected one of "
+            raise SystemExit(f"no scenes of split {split!r} at {size} pixels: expected one of "
                              f"{', '.join(SPLITS)}, and a multiple of {GRID}")
         self.split, self.size, self.seed, self.length = split, size, seed, length
 
@@ -180,9 +180,9 @@ def read_caption(caption):
                          rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
     if not match:
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
-    number, *words, background = match.groups()
-    objects = [tuple(words[:3])] + [tuple(words[4:])] * bool(words[3])
-    return NUMBERS.get(number, 1), objects, names.get(words[3]), background or "white"
+    number, *first, word, size, colour, shape, background = match.groups()
+    objects = [tuple(first)] + [(size, colour, shape)] * bool(word)
+    return NUMBERS.get(number, 1), objects, names.get(word), background or "white"
 
 
 def kind(caption):
@@ -283,7 +283,8 @@ def open_image(file, draft=math.inf):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:    # PIL meets damaged files with a dozen different exceptions
-        raise BadImage(str(file), f"{type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}".split(" <_io")[0]    # no address of an object
+        raise BadImage(str(file), reason) from None
 
 
 def _crop(image, size, rng, offset, ratios):
@@ -447,7 +448,7 @@ class Pictures:
         if isinstance(texts, str):
             try:
                 texts = [_caption(row) for row in _rows(texts, self._read(texts), "replace")]
-            except (ValueError, LookupError, TypeError):    # a .json without a caption
+            except Exception:    # a .json without a caption, or no JSON
                 texts = []
         return texts or [""]
 
@@ -467,9 +468,9 @@ class Pictures:
             try:
                 rows = [(_inside(row["file_name"], file), _caption(row))
                         for row in _rows(file, self._read(file))]
-            except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+            except Exception as error:    # as many kinds as there are ways to be something else
                 expected = "COCO captions JSON" if captions else "rows with file_name and text"
-                raise SystemExit(f"{file}: {error!r}; expected {expected}")
+                raise SystemExit(f"{file}: {type(error).__name__}: {error}; expected {expected}")
             for name, caption in rows:
                 path = name if captions else posixpath.join(posixpath.dirname(file), name)
                 found = [other for other in alike.get(posixpath.basename(path), ())
@@ -480,7 +481,7 @@ class Pictures:
                 for picture in found:
                     listed.setdefault(picture, []).append(caption)
         if lists and not listed:
-            raise SystemExit(f"{lists[0]} names no picture that is there")
+            raise SystemExit(f"{lists[0]} names no picture that is there, such as {names[0]}")
         return listed
 
 
@@ -610,10 +611,9 @@ class Stream(torch.utils.data.Dataset):
                 bad[error.args[0]] = error.args[-1]
 
     def _index(self, position):
-        if isinstance(self.dataset, Scenes):
-            return position
         epoch, place = divmod(position, len(self.dataset))
-        return int(permutation(self.seed, epoch, len(self.dataset))[place])
+        endless = isinstance(self.dataset, Scenes)
+        return position if endless else permutation(self.seed, epoch, len(self.dataset))[place]
 
 
 def _deaf(worker):
@@ -650,8 +650,8 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
 # ---------------------------------------------------------------------------------------------
 
 def option(default, help, **more):
-    """A field of a dataclass that `parse` turns into an option. more: choices; least, its least
-    value, when that is not 1 for a whole number whose default is above 0, and 0 otherwise."""
+    """A field of a dataclass that `parse` turns into an option. more: choices; most, its largest
+    value; least, when that is not 1 for a whole number whose default is above 0, and else 0."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -724,14 +724,16 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):    # words, before, between and after the options
             flag, how = name, {"nargs": "*"}
-        parser.add_argument(flag, default=argparse.SUPPRESS, choices=more.get("choices"), **how,
+        choices = presets if name == "preset" else more.get("choices")
+        parser.add_argument(flag, default=argparse.SUPPRESS, choices=choices, **how,
                             help=f"{more.get('help', '')} [{default}]".strip())
     given = vars(parser.parse_intermixed_args(argv))
     for name, value in given.items():
         default, more = fields[name]
         least = more.get("least", int(isinstance(default, int) and default > 0))
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
+        most = more.get("most", 10**12)    # torch's seeds are 64 bits, and ours a million seeds
+        if type(value) in (int, float) and not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} {value}: expected a number from {least} to {most}")
 
     def override(part):
         own = {field.name for field in dataclasses.fields(part)}
@@ -740,8 +742,6 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
     if not presets:
         return override(options), None, None
     preset = given["preset"] = given.get("preset") or (large if given.get("data") else "tiny")
-    if preset not in presets:
-        fail(f"--preset {preset}: expected one of {', '.join(presets)}")
     try:
         return tuple(override(part) for part in (options, presets[preset], recipes[preset]))
     except ValueError as error:
@@ -765,8 +765,8 @@ def pick(device="auto", dtype="auto", width=0):
     here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = here[0] if device == "auto" else device
     if name not in here or dtype not in ("auto", "float32", "bfloat16"):
-        raise SystemExit(f"--device {device} --dtype {dtype}: process {local} has auto, "
-                         f"{', '.join(here)}, and auto, float32, bfloat16")
+        raise SystemExit(f"--device {device} --dtype {dtype}: expected on this machine (process "
+                         f"{local}) auto, {', '.join(here)}; and auto, float32, bfloat16")
     if name == "cuda":
         torch.cuda.set_device(local)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -784,13 +784,16 @@ def launch(main):
     """
     try:
         main()
-    except (Exception, SystemExit):
+    except BaseException as error:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
         if attempt is not None:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
             if store.add(f"failed/{attempt}", 1) > 1:
                 sys.exit(1)
+        if isinstance(error, (KeyboardInterrupt, OSError)):    # a full disk, for instance
+            raise SystemExit(f"stopped ({str(error) or 'Ctrl-C'}); what was saved is whole, and "
+                             "the same command continues")
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -840,9 +843,9 @@ class Run:
     def resume(self, config, read):
         """-> the checkpoint's dict, or None to begin at step 0; all processes call it together.
 
-        config: a plain dict; read: path -> dict, or SystemExit if the file is damaged. A
-        checkpoint of another config is refused; a recipe that has
-        changed is pointed out. From here on SIGTERM and Ctrl-C only set .stopping.
+        config: a plain dict; read: path -> dict, or SystemExit if the file is damaged. A checkpoint
+        with other values of its fields is refused; a recipe that has changed is pointed out. From
+        here on SIGTERM and Ctrl-C only set .stopping.
         """
         found = [False]
         if self.main:    # a kill between the two renames of `save` leaves only the previous one
@@ -854,13 +857,18 @@ class Run:
             dist.broadcast_object_list(found)
         saved = read(self.path) if found[0] else None
         if saved:
-            if different := _differences(saved["config"], config):
+            try:
+                there = {name: saved["config"].get(name) for name in config}
+                self.start, steps = saved["step"], self.recipe.steps
+            except (AttributeError, LookupError, TypeError):
+                raise SystemExit(f"{self.path} is no checkpoint of {self.name} that can be "
+                                 "continued; give another --out, or --fresh to write over it")
+            if different := _differences(there, config):
                 raise SystemExit(f"{self.path} has another configuration ({different}); use the "
                                  "same options, another --out, or --fresh")
-            self.start, steps = saved["step"], self.recipe.steps
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
-            say(f"{self.path}: {how}, step {self.start} of {steps} "
-                + _differences(saved["recipe"], dataclasses.asdict(self.recipe)))
+            changed = _differences(saved["recipe"], dataclasses.asdict(self.recipe))
+            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
         if self.main and self.csv.exists():
             if saved:
                 self._reopen_log()
@@ -941,7 +949,9 @@ class Run:
 
     def parallel(self, network):
         """The network for all processes to train together (DDP); call it only through this."""
-        return nn.parallel.DistributedDataParallel(network) if self.world > 1 else network
+        if self.world == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def train(self, networks, optimizers, stream, losses_of, evaluate, measures, state):
         """The loop of both stages, from .start to the recipe's last step or until told to stop.

@@ -49,7 +49,8 @@ class PriorConfig:
     mlp: int = 4_096
     encoder_layers: int = 12
     decoder_layers: int = 12
-    dropout: float = 0.1  # on residual, activation and attention outputs (§3, ViT-VQGAN §4.1)
+    # On residual, activation and attention outputs (§3, ViT-VQGAN §4.1).
+    dropout: float = field(default=0.1, metadata={"most": 1})
     # Side of the conv-shaped attention mask (§2.2); 0: dense causal.
     kernel: int = field(default=11, metadata={"least": 0})
 
@@ -206,7 +207,7 @@ class Parti(nn.Module):
             logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
             if guided:
                 logits = guide(*logits.chunk(2), guidance)
-            tokens.append(draw(truncate(logits / temperature, top_k, top_p), generator))
+            tokens.append(draw(truncate(logits / max(temperature, 1e-4), top_k, top_p), generator))
         return torch.stack(tokens[1:], dim=1)
 
 
@@ -438,7 +439,8 @@ def average(state, name, value, decay):
 def initialise(model):
     """Every initial value of a prior or a dual encoder; the papers are silent on them."""
     for name, p in model.named_parameters():
-        if name.endswith(("embed.weight", "positions", "start", "rows", "columns")):
+        token = name in ("embed.weight", "encoder.embed.weight")  # a table, not a linear map
+        if token or name.endswith(("positions", "start", "rows", "columns")):
             nn.init.normal_(p)  # as loud as what attention adds, else words drown in early mixing
         elif name == "head.weight":
             nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K

@@ -35,7 +35,7 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 class Options:
     words: tuple = option((), "prompts; quote them")
     n: int = option(4, "pictures per prompt")
-    guidance: float = option(-1.0, "Parti Eq. 1; -1: the checkpoint's")
+    guidance: float = option(-1.0, "Parti Eq. 1; if not given, the checkpoint's")
     temperature: float = option(-1.0, "0: always the likeliest code")
     top_k: int = option(-1, "only the k likeliest codes; 0: all")
     top_p: float = option(-1.0, "only the codes that hold this share")
@@ -77,7 +77,6 @@ class Painter(torch.nn.Module):
         self.sampling = dict(guidance=1.2, temperature=1.0, top_k=0, top_p=1.0)   # Parti's
         self.sampling |= saved.get("sampling", {})                                # the preset's
         self.sampling |= {k: v for k in self.sampling if (v := getattr(options, k)) >= 0}
-        self.sampling["temperature"] = max(self.sampling["temperature"], 1e-4)
 
         path = options.vqgan or saved.get("vqgan") or out / "vqgan.pt"
         self.vqgan = self.decoder = vqgan.load(path)
@@ -346,19 +345,16 @@ def main():
     options, _, _ = parse(__doc__, Options())
     if not (options.words or options.prompts or options.evaluate):
         raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
-    try:
-        painter = Painter(options)
-        if options.evaluate:
-            evaluate(painter, options)
-        elif options.prompts:
-            draw_file(painter, options)
-        else:
-            prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
-            path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
-            save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
-            print(path)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command draws what is missing")
+    painter = Painter(options)
+    if options.evaluate:
+        evaluate(painter, options)
+    elif options.prompts:
+        draw_file(painter, options)
+    else:
+        prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
+        path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
+        save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
+        print(path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 Reads the tokenizer out/vqgan.pt, writes out/prior.pt (text.pt), a log .csv and a picture .png. The
 same command again continues where the checkpoint stands.
 """
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import Shard
 import data
 import vqgan
 from data import option
-from prior import PRESETS, Adafactor, DualEncoder, Parti, contrastive_loss, hide
+from prior import PRESETS, Adafactor, DualEncoder, Parti, PriorConfig, contrastive_loss, hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Options(data.Options):
 class Recipe(data.Recipe):
     """How to train; the defaults are Parti §3."""
     optimizer: str = option("adafactor", "", choices=("adafactor", "adamw"))
-    drop: float = option(0.1, "share of captions dropped, for guidance")
+    drop: float = option(0.1, "share of captions dropped, for guidance", most=1)
     pieces: int = option(16_000, "SentencePiece vocabulary")
     code_start: bool = option(False, "embeddings start as the codebook")
     guidance: float = option(1.2, "kept as sample.py's default, as are the next three")
@@ -97,7 +98,7 @@ def make_optimizer(model, recipe):
 
 
 def make_model(options, config, recipe, tokenizer, warm):
-    """The network of this stage: cold, or with the text encoder of `warm`, a text.pt."""
+    """The network of this stage: cold, or with the text encoder of `warm`, a DualEncoder."""
     torch.manual_seed(recipe.seed)
     if options.stage == "text":
         return DualEncoder(config, tokenizer.config.image_size, tokenizer.config.patch)
@@ -105,8 +106,11 @@ def make_model(options, config, recipe, tokenizer, warm):
     if recipe.code_start:
         model.start_from(F.normalize(tokenizer.codebook.detach(), dim=-1))
     if warm:
-        model.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value
-                                       in warm["model"].items() if name.startswith("encoder.")})
+        try:
+            model.encoder.load_state_dict(warm.encoder.state_dict())
+        except RuntimeError as error:
+            raise SystemExit(f"--text {options.text} has other sizes than the prior; train it with "
+                             f"--stage text and the same ones: {' '.join(str(error).split())}")
     return model
 
 
@@ -132,6 +136,12 @@ def main():
     options, config, recipe = data.parse(__doc__, Options(), PRESETS, RECIPES, "350m")
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
+    if any(getattr(config, name) != getattr(PRESETS[options.preset], name)
+           for name in ("text_vocab", "codes", "grid")):
+        raise SystemExit("--text-vocab, --codes, --grid come from captions and tokenizer: leave "
+                         "them out; --pieces sets the size of the vocabulary")
+    if options.fsdp and "RANK" not in os.environ:
+        raise SystemExit("--fsdp shards over processes: start it with torchrun")
     run = data.Run(options, recipe, options.stage, config.width)
     tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt"))
     tokenizer = tokenizer.requires_grad_(False).to(run.device)
@@ -139,15 +149,25 @@ def main():
     train, held_out = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                       recipe.seed) for split in ("train", "seen"))
 
-    # The vocabulary is a function of the captions, or that of the text encoder to start from.
-    warm = vqgan.read(options.text) if options.text else None
-    # Of the scenes few captions hold every word.
-    words = (bytes(warm["text"].tolist()) if warm else
+    config = replace(config, codes=tokenizer.config.codes, grid=tokenizer.config.grid)
+    sizes = asdict(config)
+    del sizes["text_vocab"]    # decided by the vocabulary below
+    saved = run.resume(sizes, vqgan.read)
+    if saved and saved["recipe"]["optimizer"] != recipe.optimizer:
+        raise SystemExit(f"--optimizer {recipe.optimizer}: {run.path} was trained with "
+                         f"{saved['recipe']['optimizer']}; use that, or --fresh")
+
+    # The vocabulary is the checkpoint's, though the captions may have changed since, or that of the
+    # text encoder to start from, or a function of the captions. Of scenes few hold every word.
+    warm, there = None, saved
+    if options.text and not saved:
+        warm, there = vqgan.restore(options.text, lambda saved: DualEncoder(
+            PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
+    words = (there["text"].numpy().tobytes() if there else
              data.train_tokens(train.captions(100_000 if options.data else 2_000), recipe.pieces))
     text = data.Text(words, config.text_length)
-    config = replace(config, text_vocab=text.vocab, codes=tokenizer.config.codes,
-                     grid=tokenizer.config.grid)
-    saved = run.resume(asdict(config), vqgan.read)
+    config = replace(config, text_vocab=text.vocab)
+    run.config = asdict(config)
 
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
     if options.fsdp:

@@ -28,7 +28,7 @@ class Options(data.Options):
     """Beside those that all training has."""
     stage: str = option("tokenizer", "what to train", choices=("tokenizer", "decoder", "upsampler"))
     vqgan: str = option("", "tokenizer of the later stages; empty: vqgan.pt in --out")
-    scale: int = option(2, "of the upsampler: 2 or 4")
+    scale: int = option(2, "of the upsampler", choices=(2, 4))
     vgg: str = option("", "VGG16 weights; empty: fetched")
     lpips: str = option("", "LPIPS weights; empty: fetched")
 
@@ -47,9 +47,9 @@ class Recipe(data.Recipe):
     channels: int = 16384           # base of the discriminator's widths
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
-    autoencoder: float = option(0.0, "share of steps before k-means starts the codebook")    # ours
-    quantised_rate: float = option(1.0, "factor of lr after it")                             # ours
-    mosaic: float = option(0.0, "share of mosaics after it")                                 # ours
+    autoencoder: float = option(0.0, "share of steps before k-means starts the codebook", most=1)
+    quantised_rate: float = option(1.0, "factor of lr after it")
+    mosaic: float = option(0.0, "share of mosaics after it", most=1)
 
     @property
     def first(self):
@@ -158,15 +158,15 @@ def start_codebook(model, pool, generator, surroundings=8):
 
 def training_pictures(batches, model, recipe, pool, run):
     """Batches of bytes -> tuples of pictures (b, 3, H, W) in [0, 1]. With a pool of patches:
-    mosaics alone train the autoencoder, then k-means starts the codebook, then recipe.mosaic of a
-    batch are mosaics."""
+    mosaics alone (unless recipe.mosaic is 0) train the autoencoder, then k-means starts the
+    codebook, then recipe.mosaic of a batch are mosaics, in the later decoder stage, too."""
     for step, (images, _) in enumerate(batches, run.start):
         images = images / 255
         if pool is not None:
             generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * step)
-            if step == recipe.first:
+            if step == recipe.first > 0:
                 start_codebook(model, pool, generator)
-            share = recipe.mosaic if step >= recipe.first else 1.0
+            share = recipe.mosaic if step >= recipe.first else float(recipe.mosaic > 0)
             count = recipe.batch * model.config.grid ** 2    # drawn for all processes together
             patches = pool[torch.randint(len(pool), (count,), generator=generator)]
             rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
@@ -198,11 +198,13 @@ def main():
     name = "vqgan" if options.stage == "tokenizer" else options.stage
     run = data.Run(options, recipe, name, config.width)
 
-    # The networks and their optimizers, new or from the checkpoint.
+    # The data, and the networks with their optimizers, new or from the checkpoint.
     torch.manual_seed(recipe.seed)
     model, sizes, tokenizer = build(options, config, recipe)
     config = (tokenizer or model).config
     size = config.image_size * (options.scale if tokenizer else 1)
+    train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
+                   for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
     how = {"tokenizer": tokenizer.to(run.device)} if tokenizer else {}
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
     lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
@@ -213,6 +215,8 @@ def main():
     parts = dict(zip(("model", "discriminator"), networks))
     parts |= dict(zip(("optimizer", "discriminator_optimizer"), optimizers))
     saved = run.resume(sizes, vqgan.read)
+    if saved and parts.keys() - saved.keys():
+        raise SystemExit(f"{run.path} was trained with --adversarial 0; do so again, or --fresh")
     for key, part in parts.items():
         if saved:
             part.load_state_dict(saved[key])
@@ -220,15 +224,13 @@ def main():
         model.compile()
     nets, made = [run.parallel(network) for network in networks], {}
 
-    # Data: a stream of training pictures from here on, and 256 fixed ones that are held out.
-    train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
-                   for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
+    # A stream of training pictures from here on, and 256 fixed ones that are held out.
     stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
                           run.world, options.workers)
     held, captions = next(data.batches(held, min(256, len(held)), 0, 0, 1))
     held, captions = held.to(run.device) / 255, [] if options.data else captions
     pool = None
-    if recipe.first:
+    if recipe.first or recipe.mosaic and not tokenizer:
         pictures, _ = next(data.batches(train, 4096, recipe.seed, 0, 1))
         pool = distinct_patches(pictures, config) / 255
 
