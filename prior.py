@@ -203,11 +203,13 @@ class Parti(nn.Module):
             text = torch.cat([text, torch.zeros_like(text)])
         step = CachedDecoder(self, text)
         tokens = [text.new_full((len(text) // (1 + guided),), self.config.codes)]  # the start
-        for i in range(self.config.tokens):
-            logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
-            if guided:
-                logits = guide(*logits.chunk(2), guidance)
-            tokens.append(draw(truncate(logits / max(temperature, 1e-4), top_k, top_p), generator))
+        with torch.inference_mode():  # cheaper operations: what they make can never be trained
+            for i in range(self.config.tokens):
+                logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
+                if guided:
+                    logits = guide(*logits.chunk(2), guidance)
+                logits = truncate(logits / max(temperature, 1e-4), top_k, top_p)
+                tokens.append(draw(logits, generator))
         return torch.stack(tokens[1:], dim=1)
 
 
