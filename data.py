@@ -551,7 +551,7 @@ class Text:
     """list[str] -> (B,T) int64: token ids, EOS, then padding 0. "" is padding alone: no condition.
 
     model: the bytes of `train_tokens`. `vocab` is the number of ids; `truncated` counts the
-    captions that were cut to T = length tokens (Parti §2.2: 128).
+    captions that were cut to T = length tokens (Parti §2.2: 128), which is said now and then.
     """
 
     def __init__(self, model, length=128):
@@ -560,9 +560,13 @@ class Text:
 
     def __call__(self, captions):
         ids = torch.full((len(captions), self.length), PAD)    # (B,T)
-        for row, tokens in zip(ids, self.pieces.encode(list(captions))):
+        for row, caption, tokens in zip(ids, captions, self.pieces.encode(list(captions))):
+            if len(tokens) >= self.length:
+                self.truncated += 1
+                if math.log10(self.truncated).is_integer():    # the 1st, 10th, 100th ...
+                    say(f"texts of more than {self.length - 1} tokens that were cut, so far: "
+                        f"{self.truncated}, such as {caption[:60]!r}")
             if tokens:
-                self.truncated += len(tokens) >= self.length
                 tokens = [*tokens[: self.length - 1], EOS]
                 row[: len(tokens)] = torch.tensor(tokens)
         return ids

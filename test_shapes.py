@@ -704,7 +704,7 @@ def test_draft_mode_keeps_the_range_of_t(tmp_path):
 # --- text
 
 
-def test_text_tokens():
+def test_text_tokens(capsys):
     captions = [
         f"a {colour} {shape}"
         for colour in ("red", "green", "blue")
@@ -722,6 +722,7 @@ def test_text_tokens():
     )
     assert not (ids == 1).any(), "byte fallback leaves nothing unknown"
     assert ids[4, 11] == 3 and text.truncated == 1 and int(ids.max()) < text.vocab
+    assert "cut, so far: 1" in capsys.readouterr().out
     assert text([]).shape == (0, 12)
     assert text.pieces.decode(ids[3].tolist()) == "\u732b"
     assert data.Text(data.train_tokens(["dog"])).vocab > 259
@@ -3082,7 +3083,7 @@ def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
 # --- the text itself -----------------------------------------------------------------------------
 
 MODULES = "vqgan prior sample data train_vqgan train_prior".split()
-LINES = 2_206  # of code in them; the aim is 1,200
+LINES = 2_210  # of code in them; the aim is 1,200
 
 
 def test_every_symbol_of_the_paper_map_exists():

@@ -165,8 +165,8 @@ class VQGAN(nn.Module):
         embed.weight.mul_(2)                                   # brightness would drown the rest
         embed.bias.copy_(-embed.weight.sum(1) / 2)
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
-        nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey, that
-        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # is mu = 0
+        nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey:
+        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # mu, or RGB
 
     def latents(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, N, code_dim) float32 of unit norm: the encoder's side of
