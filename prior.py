@@ -198,11 +198,9 @@ class Parti(nn.Module):
 
         guidance: lambda of Parti Eq. 1; 1 is plain conditional sampling and costs half as much.
         temperature, top_k (0: off), top_p (1: off) act after it. generator: on the same device."""
-        guided = guidance != 1.0
-        if guided:  # two streams in one batch: the second has no text
-            text = torch.cat([text, torch.zeros_like(text)])
-        step = CachedDecoder(self, text)
-        tokens = [text.new_full((len(text) // (1 + guided),), self.config.codes)]  # the start
+        guided = guidance != 1.0  # two streams in one batch: the second has no text
+        step = CachedDecoder(self, text, guided)
+        tokens = [text.new_full((len(text),), self.config.codes)]  # the start
         with torch.inference_mode():  # cheaper operations: what they make can never be trained
             for i in range(self.config.tokens):
                 logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
@@ -219,33 +217,40 @@ class CachedDecoder:
 
     With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
     a ring of that many positions and the cost of a token does not grow with its position. Weights
-    are kept in the type of autocast; norms, the sum over the blocks and logits are float32."""
+    are kept in the type of autocast; norms, the sum over the blocks and logits are float32.
+    guided: the batch is doubled, and its second half has no text."""
 
-    def __init__(self, prior, text):
+    def __init__(self, prior, text, guided=False):
         self.prior, config, kind = prior, prior.config, text.device.type
-        text, lengths = prior.encoder(text)  # (B, T, D)
-        auto = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if auto else text.dtype
+        words, lengths = prior.encoder(text)  # (B, T, D)
+        if guided:  # no text is one position, the same for all; the others are padding
+            nothing, one = prior.encoder(torch.zeros_like(text[:1, :1]))
+            words = torch.cat([words, nothing.expand_as(words)])  # (2B, T, D)
+            lengths = torch.cat([lengths, one.expand_as(lengths)])
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else words.dtype
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
         self.size = self.filled = min(behind + 1, config.tokens)
-        self.held = torch.full((self.size,), -1, device=text.device)  # the position in each slot
+        self.slots = back = torch.arange(self.size, device=text.device)
+        seen = allowed(back, 0, 1, True, config.kernel, config.grid)  # a function of i - j alone
+        self.seen = torch.where(seen, 0.0, -math.inf).to(dtype)  # (size,)
         t = torch.arange(text.shape[1], device=text.device)
-        self.inside = torch.where(t < lengths[:, None, None, None], 0.0, -math.inf)  # (B, 1, 1, T)
+        self.inside = torch.where(t < lengths[:, None], 0.0, -math.inf).to(dtype)  # (B, T)
+        self.inside = self.inside.repeat_interleave(config.heads, 0)[:, None]  # (B * H, 1, T)
         self.layers = []
         for block in prior.blocks:
             own, cross = block.attention, block.cross
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
                     cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
-            # Keys and values (2, B, H, T, d) of the text; room for those of the picture.
-            words = torch.stack(split_heads(cross.kv(text).to(dtype), 2 * config.heads).chunk(2, 1))
-            kept = words.new_zeros(*words.shape[:3], self.size, words.shape[-1])
+            # Keys and values (2, B * H, T, d) of the text; room for those of the picture.
+            pair = apart(cross.kv(words).to(dtype), 2, config.heads)
+            kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
             *maps, down = [w.to(dtype) for w in maps]
             if by_columns(down):
                 part = math.gcd(512, config.mlp)
                 down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
-            self.layers.append((block, [*maps, down], words, kept))
+            self.layers.append((block, [*maps, down], pair, kept))
 
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
@@ -263,23 +268,27 @@ class CachedDecoder:
         config, slot = self.prior.config, i % self.size
         slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
-        self.held[slot] = i
-        seen = allowed(i, self.held[: self.filled], config.tokens, True, config.kernel, config.grid)
-        seen = torch.where(seen, 0.0, -math.inf)  # (filled,)
+        back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
+        seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            qkv = times(qkv, block.norm1(x)).unflatten(1, (3, config.heads, 1, -1))
-            q, kept[0, :, :, slot], kept[1, :, :, slot] = qkv.unbind(1)  # (B, H, 1, d) each
-            y = attention(q, *kept[:, :, :, : self.filled], mask=seen)  # (B, H, 1, d)
-            x += times(out, y.flatten(1))
-            q = times(query, block.norm2(x)).unflatten(1, (config.heads, 1, -1))
-            x += times(mix, attention(q, *words, mask=self.inside).flatten(1))
+            qkv = apart(times(qkv, block.norm1(x))[:, None], 3, config.heads)  # (3, B * H, 1, d)
+            kept[:, :, slot] = qkv[1:]
+            y = attention(qkv[0], *kept[:, :, : self.filled], mask=seen)  # (B * H, 1, d)
+            x += times(out, y.view(x.shape))
+            q = apart(times(query, block.norm2(x))[:, None], 1, config.heads)[0]
+            x += times(mix, attention(q, *words, mask=self.inside).view(x.shape))
             x += times(down, F.gelu(times(up, block.norm3(x))))
         return times(self.prior.head.weight, self.prior.norm(x)).float()
 
 
+def apart(x, parts, heads):
+    """(B, N, parts * D) -> (parts, B * H, N, d): queries, keys, values, each head a matrix."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+
+
 def by_columns(weight):
     """Whether `times` multiplies as W x^T."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
+    return weight.is_cpu and weight.dtype == torch.float32
 
 
 def times(weight, x):
@@ -688,7 +697,8 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
       which is causal; see `allowed`.
     lengths: (B,) integers; keys at lengths[b] and after are padding and are not seen.
     mask: in place of all these, for decoding with a cache: numbers to add to the scores, 0 or -inf,
-      that broadcast to (B, H, Nq, Nk); each query must see a key.
+      in q's dtype. Then q is (B * H, Nq, d), and so on: the mask broadcasts to (B * H, Nq, Nk), and
+      each query must see a key.
     fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) where
       they apply, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
@@ -697,8 +707,8 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     if kernel and (kernel % 2 == 0 or grid < 1):
         raise ValueError(f"a sparse mask needs an odd kernel and a grid, not {kernel} and {grid}")
     if mask is not None:  # as it is written: faster than blocks for one query
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask  # float32, as the mask is
-        return scores.softmax(-1).to(v.dtype) @ v
+        scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), v)  # a softmax computes in float32 whatever the dtype
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
