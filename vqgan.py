@@ -9,14 +9,12 @@ upsampler, and loading. Pictures are (B, 3, H, W) floats in [0, 1], tokens (B, N
 Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side (N = G * G).
 """
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,17 +151,15 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def initialise(self):
         """Every initial value of the tokenizer; norms keep torch's ones and zeros."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)         # as ViT: keeps variance at any width
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and name != "codebook":
+                nn.init.xavier_uniform_(weight)                # as ViT: keeps variance at any width
+            if name.endswith(("out.weight", "mlp.2.weight")):  # every block starts as the identity:
+                nn.init.zeros_(weight)                         # the mean colour is learned sooner
         for tower in (self.encoder, self.decoder):
             nn.init.normal_(tower.positions, std=0.02)         # as ViT: content first, place second
-            for block in tower.blocks:                         # every block starts as the identity:
-                nn.init.zeros_(block.out.weight)               # training leaves the mean colour
-                nn.init.zeros_(block.mlp[2].weight)            # behind several times sooner
         embed = self.encoder.embed                             # sees [-1, 1] through the bias: the
-        embed.weight.mul_(2)                                   # brightness would drown the rest
-        embed.bias.copy_(-embed.weight.sum(1) / 2)
+        embed.bias.copy_(-embed.weight.mul_(2).sum(1) / 2)     # brightness would drown the rest
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
         nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey:
         self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # mu, or RGB
@@ -174,8 +170,8 @@ class VQGAN(nn.Module):
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        patches = patchify(images, self.config.patch)                      # (B, N, 3*p*p)
-        return F.normalize(self.encoder(patches).float(), dim=-1)
+        z = self.encoder(patchify(images, self.config.patch))              # (B, N, code_dim)
+        return F.normalize(z.float(), dim=-1)
 
     def quantize(self, z):
         """Unit latents (B, N, code_dim) -> nearest codes, codebook loss, tokens (ViT-VQGAN Eq. 1).
@@ -227,15 +223,13 @@ class VQGAN(nn.Module):
         x = F.normalize(latents.float().reshape(-1, self.config.code_dim), dim=-1)   # (M, code_dim)
         if len(x) < self.config.codes:
             raise ValueError(f"{self.config.codes} codes need as many latents, got {len(x)}")
-        picked, similarity = [0], x @ x[0]                                           # (M,)
-        while len(picked) < self.config.codes:
-            picked.append(int(similarity.argmin()))
-            similarity = similarity.maximum(x @ x[picked[-1]])
-        codes = x[picked]                                                            # (K, code_dim)
+        codes, served = x[:1].repeat(self.config.codes, 1), x @ x[0]       # (K, code_dim), (M,)
+        for k in range(1, len(codes)):
+            codes[k] = x[served.argmin()]
+            served = served.maximum(x @ codes[k])
         for _ in range(steps):
             sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes), x)
-            unused = (sums == 0).all(-1, keepdim=True)
-            codes = F.normalize(torch.where(unused, codes, sums), dim=-1)
+            codes = F.normalize(torch.where(sums.any(-1, keepdim=True), sums, codes), dim=-1)
         self.codebook.copy_(codes)
 
 
@@ -297,8 +291,8 @@ def r1_penalty(real, images, gamma=10.0, every=16):
     """gamma / 2 * |dD/dx|^2 on originals (StyleGAN2), times `every` because it is lazy: add it to
     the loss of one step in 16. real = D(images), images requiring grad."""
     slope, = torch.autograd.grad(real.float().sum(), images, create_graph=True)
-    slope = slope / 2   # gamma is meant for pixels in [-1, 1], ours are in [0, 1]
-    return every * gamma / 2 * slope.square().sum((1, 2, 3)).mean()
+    # Half the slope: gamma is meant for pixels in [-1, 1], ours are in [0, 1].
+    return every * gamma / 2 * (slope / 2).square().sum((1, 2, 3)).mean()
 
 
 class Perceptual(nn.Module):
@@ -354,9 +348,8 @@ class EqualConv(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            x = F.pad(x, [(self.kernel_size[0] + 1) // 2] * 4)
-            for _ in range(3):                  # [1, 1] three times over is the filter [1, 3, 3, 1]
-                x = F.avg_pool2d(x, 2, stride=1)
+            for padding in (1, self.kernel_size[0] // 2, 0):    # [1, 1] three times over is the
+                x = F.avg_pool2d(x, 2, 1, padding)              # filter [1, 3, 3, 1]
         weight = self.weight * self.weight[0].numel() ** -0.5
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
@@ -375,8 +368,8 @@ class Discriminator(nn.Module):
         if image_size < 8 or image_size & (image_size - 1):
             raise ValueError(f"the discriminator needs a power of two from 8 up, got {image_size}")
         sides = [image_size >> i for i in range(image_size.bit_length() - 2)]      # S, S/2 ... 4
-        widths = [min(2 * base // side, cap) for side in sides]
-        self.rgb, self.blocks, last = EqualConv(3, widths[0], 1), nn.ModuleList(), widths[-1]
+        first, *_, last = widths = [min(2 * base // side, cap) for side in sides]
+        self.rgb, self.blocks = EqualConv(3, first, 1), nn.ModuleList()
         for c, d in zip(widths, widths[1:]):
             convs = EqualConv(c, c, 3, padding=1), EqualConv(c, d, 3, stride=2)
             self.blocks.append(nn.ModuleList([*convs, EqualConv(c, d, 1, stride=2, bias=False)]))
@@ -402,7 +395,8 @@ class Discriminator(nn.Module):
 
 def normed_conv(c_in, c_out, kernel):
     """Convolution of the same size with weight normalisation, as everywhere in WDSR."""
-    return weight_norm(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2))
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    return nn.utils.parametrizations.weight_norm(conv)
 
 
 class Doubler(nn.Module):
