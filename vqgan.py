@@ -1,6 +1,6 @@
 """Stage 1, the image tokenizer: pictures to discrete tokens and back (Parti §2.1; ViT-VQGAN §3).
 
-    python vqgan.py                      # walk-through: shapes, sizes against the papers, speed
+    python vqgan.py                      # walk-through: shapes, sizes against the papers
     python train_vqgan.py                # train the tiny one on the built-in scenes
 
 Top to bottom: configuration, the two Transformer towers, the tokenizer with its codebook, metrics,
@@ -8,7 +8,6 @@ then what only training needs (losses, perceptual loss, discriminator), the supe
 upsampler, and loading. Pictures are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, everywhere.
 Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side (N = G * G).
 """
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def patchify(images, p):
 
 def unpatchify(patches, p):
     """The inverse, for square pictures: (B, N, C*p*p) -> (B, C, H, W)."""
-    grid = math.isqrt(patches.shape[1])
+    grid = round(patches.shape[1] ** 0.5)
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (grid, grid)), p)
 
 
@@ -158,8 +157,8 @@ class VQGAN(nn.Module):
                 nn.init.zeros_(weight)                         # the mean colour is learned sooner
         for tower in (self.encoder, self.decoder):
             nn.init.normal_(tower.positions, std=0.02)         # as ViT: content first, place second
-        embed = self.encoder.embed                             # sees [-1, 1] through the bias: the
-        embed.bias.copy_(-embed.weight.mul_(2).sum(1) / 2)     # brightness would drown the rest
+        self.encoder.embed.bias.copy_(-self.encoder.embed.weight.sum(1))   # W(2x - 1): pixels in
+        self.encoder.embed.weight.mul_(2)      # [-1, 1], or the brightness would drown the rest
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
         nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey:
         self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # mu, or RGB
@@ -218,11 +217,9 @@ class VQGAN(nn.Module):
         short runs start with every code in use.
 
         It starts from latents far apart, each the worst served by those before it: many equal
-        background patches get one code. Deterministic. Raises ValueError with fewer latents than
-        codes."""
+        background patches get one code. Deterministic. Of fewer latents than codes, each gets one;
+        the codes beyond repeat them."""
         x = F.normalize(latents.float().reshape(-1, self.config.code_dim), dim=-1)   # (M, code_dim)
-        if len(x) < self.config.codes:
-            raise ValueError(f"{self.config.codes} codes need as many latents, got {len(x)}")
         codes, served = x[:1].repeat(self.config.codes, 1), x @ x[0]       # (K, code_dim), (M,)
         for k in range(1, len(codes)):
             codes[k] = x[served.argmin()]
@@ -295,30 +292,45 @@ def r1_penalty(real, images, gamma=10.0, every=16):
     return every * gamma / 2 * (slope / 2).square().sum((1, 2, 3)).mean()
 
 
+VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
+       "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
+LPIPS = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
+
+
+def fetch(path, url, sha256):
+    """Weights in a file, or for "" those under url, fetched once and checked."""
+    if path:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                              check_hash=True, file_name=f"lpips-{sha256}.pth")
+
+
+def brief(error):
+    """An exception as one line: its kind and its first sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
+
+
 class Perceptual(nn.Module):
     """LPIPS on VGG16 as VQGAN ships it (ViT-VQGAN §3.3): two (B, 3, H, W) in [0, 1] -> mean of B.
 
     vgg, lpips: files of torchvision's VGG16 and of the LPIPS v0.1 weights; "" fetches them once,
-    checked by SHA-256. Stops with one line when that fails or a file does not fit. Frozen. Pictures
-    of at least 16 x 16 pixels."""
-    VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
-           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
-    LPIPS = (
-        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
+    checked by SHA-256. SystemExit, one line with the way out, if they cannot be had or do not fit.
+    Frozen. Pictures of at least 16 x 16 pixels."""
     STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))   # convolutions of VGG16
     INPUT = (-.030, -.088, -.188), (.458, .448, .450)                      # shift and scale of RGB
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
-        weights = fetch("--vgg", vgg, *self.VGG) | fetch("--lpips", lpips, *self.LPIPS)
-        for name, value in weights.items():
-            if not name.startswith("classifier"):                          # most of VGG16, unused
-                self.register_buffer(name.replace(".", "_"), value)
-        try:   # all tensors are there and fit
-            self(*torch.zeros(2, 1, 3, 16, 16))
-        except (KeyError, RuntimeError) as error:
-            raise SystemExit(f"--vgg {vgg} --lpips {lpips}: not VGG16 with LPIPS weights: {error}")
+        try:
+            weights = fetch(vgg, *VGG) | fetch(lpips, *LPIPS)
+            for name, value in weights.items():
+                if not name.startswith("classifier"):       # most of VGG16, unused
+                    self.register_buffer(name.replace("features.", "vgg").replace(".", "_"), value)
+            self(*torch.zeros(2, 1, 3, 16, 16))             # all tensors are there and fit
+        except Exception as error:    # no network, other content, damage, another kind of file
+            raise SystemExit(f"--vgg '{vgg}' --lpips '{lpips}': {brief(error)}; download and pass "
+                             f"{VGG[0]} and {LPIPS[0]}, or train with --perceptual 0")
 
     def forward(self, images, reconstruction):
         shift, scale = images.new_tensor(self.INPUT)[..., None, None]      # (3, 1, 1) each
@@ -327,8 +339,7 @@ class Perceptual(nn.Module):
         for i, stage in enumerate(self.STAGES):
             x = F.max_pool2d(x, 2) if i else x
             for j in stage:
-                weight, bias = w[f"features_{j}_weight"], w[f"features_{j}_bias"]
-                x = F.conv2d(x, weight, bias, padding=1).relu()
+                x = F.conv2d(x, w[f"vgg{j}_weight"], w[f"vgg{j}_bias"], padding=1).relu()
             a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)       # (B, C, h, w) each
             distance += (w[f"lin{i}_model_1_weight"] * (a - b).square()).sum(1).mean()
         return distance
@@ -356,7 +367,7 @@ class EqualConv(nn.Conv2d):
 
 def leaky(x):
     """Leaky ReLU of slope 0.2 with gain sqrt(2), which keeps the variance (StyleGAN2)."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+    return F.leaky_relu(x, 0.2) * 2 ** 0.5
 
 
 class Discriminator(nn.Module):
@@ -379,7 +390,7 @@ class Discriminator(nn.Module):
     def forward(self, images):
         x = leaky(self.rgb(2 * images - 1))                                # (B, C, S, S)
         for conv, down, skip in self.blocks:
-            x = (leaky(down(leaky(conv(x)))) + skip(x)) * math.sqrt(0.5)   # (B, C', S/2, S/2)
+            x = (leaky(down(leaky(conv(x)))) + skip(x)) * 0.5 ** 0.5       # (B, C', S/2, S/2)
         # Minibatch stddev: how much the pictures of a group of 4 differ, as one extra map. A group
         # is 4 neighbours, so that processes that share a batch form the groups of one that does
         # not. Other batch sizes use the largest group of at most 4 that divides them.
@@ -395,8 +406,7 @@ class Discriminator(nn.Module):
 
 def normed_conv(c_in, c_out, kernel):
     """Convolution of the same size with weight normalisation, as everywhere in WDSR."""
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
-    return nn.utils.parametrizations.weight_norm(conv)
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(c_in, c_out, kernel, padding="same"))
 
 
 class Doubler(nn.Module):
@@ -435,66 +445,49 @@ class Upsampler(nn.Sequential):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-MADE_BY = {"vqgan.pt": "train_vqgan.py", "decoder.pt": "train_vqgan.py --stage decoder",
-           "upsampler.pt": "train_vqgan.py --stage upsampler",
-           "prior.pt": "train_vqgan.py && python train_prior.py",
-           "text.pt": "train_prior.py --stage text"}
+MADE_BY = {"vqgan.pt": "train_vqgan.py", "prior.pt": "train_vqgan.py && python train_prior.py",
+           "decoder.pt": "train_vqgan.py --stage decoder", "text.pt": "train_prior.py --stage text",
+           "upsampler.pt": "train_vqgan.py --stage upsampler"}
 
 
-def read(path):
-    """A file of tensors and plain values on the CPU, weights_only=True. SystemExit, one line with
-    the way out, if it is missing or damaged or holds anything else."""
+def read(path, use=lambda saved: saved):
+    """What `use` makes of a file of tensors and plain values, by default these themselves, on the
+    CPU. Always weights_only=True. SystemExit, one line with the way out, if the file is missing,
+    damaged, holds more than that, or is of a kind that `use` cannot use."""
     path = Path(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return use(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         command = MADE_BY.get(path.name, "train_vqgan.py or train_prior.py, or give its own path")
-        raise SystemExit(f"{path} does not exist; this makes it: python {command} "
-                         "(on several machines, --out must be shared)")
-    except Exception as error:   # torch raises half a dozen types, depending on the damage
+        raise SystemExit(f"{path} does not exist; this makes it: python {command}")
+    except Exception as error:    # torch raises half a dozen types, depending on the damage
         if "Unsupported global" in str(error):
-            raise SystemExit(
-                f"{path} holds more than tensors. If you trust it, re-save its state_dict alone: "
-                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'new.pt')")
-        raise SystemExit(f"{path} is damaged ({type(error).__name__}); put the one before, "
-                         f"{path.stem}.prev.pt, in its place, or make it again: --fresh")
-
-
-def fetch(option, path, url, sha256):
-    """Weights in a file, or for "" fetched once and checked. SystemExit, one line that says how."""
-    if path:
-        return read(path)
-    try:   # torch checks the content against the hash in the file's name
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                  file_name=f"{option}-{sha256}.pth",
-                                                  weights_only=True)
-    except Exception as error:   # no network, a refusal, other content under that address
-        raise SystemExit(f"cannot fetch {url} ({error}): download it yourself and pass {option} "
-                         "FILE, or train without it: --perceptual 0")
+            raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
+                             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
+        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: "
+                         f"download it again, take {path.stem}.prev.pt, or train anew: --fresh")
 
 
 # enhancing-transformers -> here, applied in this order
-PUBLIC_NAMES = {"transformer.layers.": "blocks.", ".0.norm.": ".norm1.", ".1.norm.": ".norm2.",
-                ".0.fn.to_qkv.": ".qkv.", ".0.fn.to_out.": ".out.", ".1.fn.net.": ".mlp.",
-                "transformer.norm.": "norm.", "en_pos_embedding": "positions",
-                "to_patch_embedding.0.": "embed.", "de_pos_embedding": "positions",
-                "to_pixel.1.": "project.", "quantizer.embedding.weight": "codebook",
-                "pre_quant.": "encoder.project.", "post_quant.": "decoder.embed."}
+PUBLIC_NAMES = {
+    "transformer.layers.": "blocks.", ".0.norm.": ".norm1.", ".1.norm.": ".norm2.",
+    ".0.fn.to_": ".", ".1.fn.net.": ".mlp.", "transformer.norm.": "norm.",
+    "en_pos_embedding": "positions", "to_patch_embedding.0.": "embed.", "to_pixel.1.": "project.",
+    "de_pos_embedding": "positions", "quantizer.embedding.weight": "codebook",
+    "pre_quant.": "encoder.project.", "post_quant.": "decoder.embed."}
 
 
 def convert_public(state):
     """Public ViT-VQGAN (enhancing-transformers) state dict -> a checkpoint like ours, all sizes
     read from the tensors. Unlike the paper it has tanh inside the MLPs, no tanh head, no biases on
     qkv, and heads always 64 wide."""
-    ours = {}
-    for name, value in state.items():
-        for old, new in PUBLIC_NAMES.items():
-            name = name.replace(old, new)
-        if not name.startswith("loss."):
-            ours[name] = value
+    names = "\n".join(state)
+    for old, new in PUBLIC_NAMES.items():
+        names = names.replace(old, new)
+    ours = {n: v for n, v in zip(names.split("\n"), state.values()) if not n.startswith("loss.")}
     *_, patch = ours["encoder.embed.weight"].shape
     codes, code_dim = ours["codebook"].shape
-    config = dict(image_size=patch * math.isqrt(ours["encoder.positions"].shape[1]), patch=patch,
+    config = dict(image_size=patch * round(ours["encoder.positions"].shape[1] ** 0.5), patch=patch,
                   codes=codes, code_dim=code_dim, logit_laplace=False, public=True)
     for side, prefix in (("encoder", ""), ("decoder", "decoder_")):
         config[prefix + "width"], inner = ours[f"{side}.blocks.0.out.weight"].shape
@@ -510,17 +503,14 @@ def convert_public(state):
 
 def restore(path, build):
     """A checkpoint -> the network build(checkpoint) with its weights, on the CPU in eval mode, and
-    the checkpoint itself. SystemExit, one line, if it is missing, damaged or of something else."""
-    saved = read(path)
-    try:
+    the checkpoint itself. SystemExit, one line, as `read`."""
+    def network_of(saved):
         if "model" not in saved:
             saved = convert_public(saved.get("state_dict", saved))
         network = build(saved)
         network.load_state_dict(saved["model"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} is neither our checkpoint of this part nor a public ViT-VQGAN: "
-                         f"{' '.join(str(error).split())[:200]}")
-    return network.eval(), saved
+        return network.eval(), saved
+    return read(path, network_of)
 
 
 def load(path):
@@ -534,27 +524,22 @@ def load(path):
 
 @torch.no_grad()
 def main():
-    """Every step on a tiny example, parameter counts against the papers' tables, a benchmark."""
-    torch.manual_seed(0)
-    model, images = VQGAN(PRESETS["tiny"]).eval(), torch.rand(16, 3, 64, 64)
+    """Every step on a tiny example, and parameter counts against the papers' tables."""
+    model, images = VQGAN(PRESETS["tiny"]), torch.rand(16, 3, 64, 64)
     z = model.latents(images)
     z_q, _, tokens = model.quantize(z)
-    start = time.perf_counter()
     steps = {"pictures": images, "latents of unit norm": z, "nearest codes": z_q, "tokens": tokens,
-             "decoded": model.decode(model.encode(images))}
-    speed = len(images) / (time.perf_counter() - start)
-    steps["upsampled"] = Upsampler(2, width=16, blocks=2)(images)
-    steps["discriminator's scores"] = Discriminator(64, cap=64)(images)
+             "decoded": model.decode(tokens), "upsampled": Upsampler(2, width=16, blocks=2)(images),
+             "discriminator's scores": Discriminator(64, cap=64)(images)}
     for step, value in steps.items():
         print(f"{step:24}{tuple(value.shape)}")
-    with torch.device("meta"):
+    with torch.device("meta"):    # no memory, no arithmetic
         networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
-        networks |= {f"upsampler x{scale}": Upsampler(scale) for scale in (2, 4)}
-        networks["discriminator at 256"] = Discriminator(256)
+        networks |= {"upsampler x2": Upsampler(2), "upsampler x4": Upsampler(4),
+                     "discriminator at 256": Discriminator(256)}
     print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M")
     for name, network in networks.items():
         print(f"{name:24}{sum(p.numel() for p in network.parameters()):13,}")
-    print(f"\ntiny: {speed:.0f} pictures/s, to tokens and back")
 
 
 if __name__ == "__main__":
