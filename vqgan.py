@@ -317,8 +317,6 @@ class Perceptual(nn.Module):
     vgg, lpips: files of torchvision's VGG16 and of the LPIPS v0.1 weights; "" fetches them once,
     checked by SHA-256. SystemExit, one line with the way out, if they cannot be had or do not fit.
     Frozen. Pictures of at least 16 x 16 pixels."""
-    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))   # convolutions of VGG16
-    INPUT = (-.030, -.088, -.188), (.458, .448, .450)                      # shift and scale of RGB
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
@@ -333,12 +331,13 @@ class Perceptual(nn.Module):
                              f"{VGG[0]} and {LPIPS[0]}, or train with --perceptual 0")
 
     def forward(self, images, reconstruction):
-        shift, scale = images.new_tensor(self.INPUT)[..., None, None]      # (3, 1, 1) each
+        # The shift and the scale of red, green and blue, (3, 1, 1) each.
+        shift, scale = images.new_tensor([[-.03, -.088, -.188], [.458, .448, .45]])[..., None, None]
         x = (2 * torch.cat([images, reconstruction]) - 1 - shift) / scale  # (2B, 3, H, W)
         distance, w = 0, dict(self.named_buffers())
-        for i, stage in enumerate(self.STAGES):
+        for i, stage in enumerate([(0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]):
             x = F.max_pool2d(x, 2) if i else x
-            for j in stage:
+            for j in stage:                                                # VGG16's convolutions
                 x = F.conv2d(x, w[f"vgg{j}_weight"], w[f"vgg{j}_bias"], padding=1).relu()
             a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)       # (B, C, h, w) each
             distance += (w[f"lin{i}_model_1_weight"] * (a - b).square()).sum(1).mean()
@@ -454,18 +453,17 @@ def read(path, use=lambda saved: saved):
     """What `use` makes of a file of tensors and plain values, by default these themselves, on the
     CPU. Always weights_only=True. SystemExit, one line with the way out, if the file is missing,
     damaged, holds more than that, or is of a kind that `use` cannot use."""
-    path = Path(path)
     try:
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        command = MADE_BY.get(path.name, "train_vqgan.py or train_prior.py, or give its own path")
+        command = MADE_BY.get(Path(path).name, "train_vqgan.py or train_prior.py")
         raise SystemExit(f"{path} does not exist; this makes it: python {command}")
     except Exception as error:    # torch raises half a dozen types, depending on the damage
         if "Unsupported global" in str(error):
             raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
                              "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
         raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: "
-                         f"download it again, take {path.stem}.prev.pt, or train anew: --fresh")
+                         f"download it again, take {Path(path).stem}.prev.pt, or train anew: --fresh")
 
 
 # enhancing-transformers -> here, applied in this order
