@@ -462,8 +462,8 @@ def read(path, use=lambda saved: saved):
         if "Unsupported global" in str(error):
             raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
                              "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
-        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: "
-                         f"download it again, take {Path(path).stem}.prev.pt, or train anew: --fresh")
+        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: download "
+                         f"it again; if trained here, take {Path(path).stem}.prev.pt, or --fresh")
 
 
 # enhancing-transformers -> here, applied in this order
