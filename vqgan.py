@@ -321,8 +321,7 @@ class Perceptual(nn.Module):
     def __init__(self, vgg="", lpips=""):
         super().__init__()
         try:
-            weights = fetch(vgg, *VGG) | fetch(lpips, *LPIPS)
-            for name, value in weights.items():
+            for name, value in (fetch(vgg, *VGG) | fetch(lpips, *LPIPS)).items():
                 if not name.startswith("classifier"):       # most of VGG16, unused
                     self.register_buffer(name.replace("features.", "vgg").replace(".", "_"), value)
             self(*torch.zeros(2, 1, 3, 16, 16))             # all tensors are there and fit
@@ -462,7 +461,7 @@ def read(path, use=lambda saved: saved):
         if "Unsupported global" in str(error):
             raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
                              "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
-        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: download "
+        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: fetch "
                          f"it again; if trained here, take {Path(path).stem}.prev.pt, or --fresh")
 
 
