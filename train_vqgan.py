@@ -153,7 +153,7 @@ def start_codebook(model, pool, generator, surroundings=8):
         parts = mosaics(pool[order], config).split(32)
         latents = torch.cat([model.latents(part.to(device)) for part in parts]).flatten(0, 1)
         z = z + latents[order.argsort()]                                   # (M, code_dim)
-    model.init_codebook(z.repeat(math.ceil(config.codes / len(z)), 1))
+    model.init_codebook(z)
 
 
 def training_pictures(batches, model, recipe, pool, run):

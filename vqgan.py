@@ -1,6 +1,6 @@
 """Stage 1, the image tokenizer: pictures to discrete tokens and back (Parti §2.1; ViT-VQGAN §3).
 
-    python vqgan.py                      # walk-through: shapes, sizes against the papers
+    python vqgan.py                      # walk-through: shapes, sizes against the papers, speed
     python train_vqgan.py                # train the tiny one on the built-in scenes
 
 Top to bottom: configuration, the two Transformer towers, the tokenizer with its codebook, metrics,
@@ -8,6 +8,7 @@ then what only training needs (losses, perceptual loss, discriminator), the supe
 upsampler, and loading. Pictures are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, everywhere.
 Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side (N = G * G).
 """
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -521,7 +522,7 @@ def load(path):
 
 @torch.no_grad()
 def main():
-    """Every step on a tiny example, and parameter counts against the papers' tables."""
+    """Every step on a tiny example, its speed, parameter counts against the papers' tables."""
     model, images = VQGAN(PRESETS["tiny"]), torch.rand(16, 3, 64, 64)
     z = model.latents(images)
     z_q, _, tokens = model.quantize(z)
@@ -530,6 +531,9 @@ def main():
              "discriminator's scores": Discriminator(64, cap=64)(images)}
     for step, value in steps.items():
         print(f"{step:24}{tuple(value.shape)}")
+    start = time.perf_counter()
+    model.decode(model.encode(images))
+    print(f"tiny: {16 / (time.perf_counter() - start):.0f} pictures/s, to tokens and back")
     with torch.device("meta"):    # no memory, no arithmetic
         networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
         networks |= {"upsampler x2": Upsampler(2), "upsampler x4": Upsampler(4),
