@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -44,15 +45,20 @@ DIRECTIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 # These pairs appear alone and in counts, but in no relation of the training scenes.
 RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
-SPLITS = ("train", "seen", "combination", "pair")
+# What each split relates. "seen" are other scenes than "train", of the same combinations.
+SPLITS = {"train": "common", "seen": "common", "combination": "held out", "pair": "rare"}
 KINDS = {"one object": 0.08, "counts": 0.16, "relation": 0.76}    # shares of the scenes
 
 
-def held_out(first, relation, second):
-    """Is this one of the 10 % of combinations (colour, shape), relation, (colour, shape) that
-    training never shows? "A above B" and "B below A" describe one picture: both are, or none is."""
+def group(first, relation, second):
+    """What a combination (colour, shape), relation, (colour, shape) is: "common"; "held out", the
+    10 % that training never shows; "rare", with one of the RARE pairs; "equal" things, never drawn.
+    "A above B" and "B below A" describe one picture and are of one group."""
+    if first == second:
+        return "equal"
     pictures = (first, relation, second), (second, OPPOSITE[relation], first)
-    return zlib.crc32(repr(min(pictures)).encode()) % 10 == 0
+    tenth = zlib.crc32(repr(min(pictures)).encode()) % 10 == 0
+    return "rare" if RARE & {first, second} else "held out" if tenth else "common"
 
 
 @lru_cache(maxsize=None)
@@ -75,48 +81,44 @@ class Scenes:
     relates. size: pixels along a side, a multiple of 8; an index shows one scene at every size.
     """
 
-    def __init__(self, split="train", size=64, seed=0, length=1_000_000):
-        if split not in SPLITS or size % GRID:
-            raise SystemExit(f"no scenes of split {split!r} at {size} pixels: expected one of "
-                             f"{', '.join(SPLITS)}, and a multiple of {GRID}")
-        self.split, self.size, self.seed, self.length = split, size, seed, length
+    def __init__(self, split="train", size=64, seed=0):
+        if size % GRID:
+            raise SystemExit(f"--image-size {size}: built-in scenes need a multiple of {GRID}")
+        self.split, self.size, self.seed, self.group = split, size, seed, SPLITS[split]
 
     def __len__(self):
-        return self.length
+        return 1_000_000    # as good as endless
 
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        while True:
+        boxes = None
+        while boxes is None:
             objects, relation, background, caption = self._compose(rng)
-            if boxes := _place([SIZES[size] for size, _, _ in objects], relation, rng):
-                return self._draw(objects, boxes, background), caption
+            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
+        return self._draw(objects, boxes, background), caption
 
     def captions(self, n):
         """The captions of the first n scenes: list[str]."""
         return [self.sample(index)[1] for index in range(n)]
 
     def _compose(self, rng):
-        """-> [(size, colour, shape)], relation or None, background, caption."""
+        """-> what `read_caption` reads, with every size, and a caption."""
         def pick(choices):
             return list(choices)[rng.integers(len(choices))]
 
         about = rng.choice(list(KINDS), p=list(KINDS.values()))
-        related, relation = about == "relation" or self.split in ("combination", "pair"), None
+        related = about == "relation" or self.group != "common"
         while True:
             things = [(pick(COLOURS), pick(SHAPES)) for _ in range(1 + related)]
-            if not related:
-                break
-            relation = pick(RELATIONS)
-            rare, hidden = bool(RARE & set(things)), held_out(things[0], relation, things[1])
-            wanted = {"pair": rare, "combination": hidden and not rare}
-            if things[0] != things[1] and wanted.get(self.split, not (rare or hidden)):
+            relation = pick(RELATIONS) if related else None
+            if not related or group(things[0], relation, things[1]) == self.group:
                 break
         objects = [(pick(SIZES), *thing) for thing in things]
         nouns = [" ".join(words if rng.integers(2) else words[1:]) for words in objects]
-        caption, *other = [("an " if noun[0] == "o" else "a ") + noun for noun in nouns]
+        caption = f"a {nouns[0]}"
         if related:
-            caption += f" {pick(RELATIONS[relation])} {other[0]}"
+            caption += f" {pick(RELATIONS[relation])} a {nouns[1]}"
         elif about == "counts":
             number = pick(NUMBERS)
             caption = f"{number} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
@@ -124,16 +126,15 @@ class Scenes:
         background = pick(BACKGROUNDS)
         if background != "white" or rng.integers(2):    # white may go without saying
             caption += pick((" on {}", " on a {} background")).format(background)
-        return objects, relation, background, caption
+        return objects, relation, background, caption.replace("a orange", "an orange")
 
     def _draw(self, objects, boxes, background):
         """Objects (size, colour, shape) in boxes (left, top), in cells -> uint8 (size, size, 3)."""
         cell = self.size // GRID
         image = np.tile(np.uint8(BACKGROUNDS[background]), (self.size, self.size, 1))
         for (size, colour, shape), (x, y) in zip(objects, boxes):
-            side = SIZES[size] * cell
-            window = image[y * cell : y * cell + side, x * cell : x * cell + side]
-            covered = stencil(shape, side)[..., None]
+            covered = stencil(shape, SIZES[size] * cell)[..., None]
+            window = image[y * cell :, x * cell :][: len(covered), : len(covered)]
             window[:] = np.round(window + covered * (np.float32(COLOURS[colour]) - window))
         return image
 
@@ -145,35 +146,32 @@ def _place(sides, relation, rng):
     objects side by side share their top edge; equal ones stand in a row, like words on a page.
     """
     if relation is None:
-        side, columns = sides[0], min(len(sides), GRID // sides[0])
-        gap = int(rng.integers((GRID - columns * side) // (columns - 1) + 1)) if columns > 1 else 0
-        width, height = (columns - 1) * (side + gap) + side, -(-len(sides) // columns) * side
-        x, y = int(rng.integers(GRID - width + 1)), int(rng.integers(GRID - height + 1))
-        return [(x + i % columns * (side + gap), y + i // columns * side)
-                for i in range(len(sides))]
+        n, side, columns = len(sides), sides[0], min(len(sides), GRID // sides[0])
+        gap = rng.integers((GRID - columns * side) // (columns - 1) + 1) if columns > 1 else 0
+        width, height = columns * (side + gap) - gap, -(-n // columns) * side
+        x, y = rng.integers(GRID - width + 1), rng.integers(GRID - height + 1)
+        return [(x + i % columns * (side + gap), y + i // columns * side) for i in range(n)]
     for _ in range(40):
-        boxes = [(int(rng.integers(GRID + 1 - side)), int(rng.integers(GRID + 1 - side)))
-                 for side in sides]
+        boxes = [[int(rng.integers(GRID + 1 - side)) for _ in "xy"] for side in sides]
         if relation in ("left of", "right of"):
-            boxes[1] = boxes[1][0], min(boxes[0][1], GRID - sides[1])
-        a, b = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
-        distance = max(abs(a[0] - b[0]), abs(a[1] - b[1]))
-        if distance >= sum(sides) / 2 and _related(a, b, relation, margin=1):
+            boxes[1][1] = min(boxes[0][1], GRID - sides[1])
+        centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
+        if _related(*centres, relation, margin=1, least=sum(sides) / 2):
             return boxes
     return None
 
 
-def _related(a, b, relation, margin=0.0):
-    """Does centre a = (x, y) stand in `relation` to b: further along the axis than across it?"""
+def _related(a, b, relation, margin=0, least=0):
+    """Does centre a = (x, y) stand in `relation` to b: further along the axis than across it, by
+    `margin`, and at least so far? That far apart, boxes do not overlap if `least` is their mean
+    side."""
     (x, y), dx, dy = DIRECTIONS[relation], b[0] - a[0], b[1] - a[1]
-    return x * dx + y * dy >= abs(y * dx + x * dy) + margin
+    return x * dx + y * dy >= max(abs(y * dx + x * dy) + margin, least)
 
 
 def read_caption(caption):
-    """-> number, [(size or None, colour, shape), ...], relation or None, background.
-
-    Raises ValueError if the caption is not one of the built-in scenes'.
-    """
+    """-> [(size or None, colour, shape), ...] with each counted object, relation or None,
+    background. Raises ValueError if the caption is not one of the built-in scenes'."""
     names = {word: name for name, words in RELATIONS.items() for word in words}
     thing = rf"(?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?"
     match = re.fullmatch(rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
@@ -182,25 +180,24 @@ def read_caption(caption):
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
     number, *first, word, size, colour, shape, background = match.groups()
     objects = [tuple(first)] + [(size, colour, shape)] * bool(word)
-    return NUMBERS.get(number, 1), objects, names.get(word), background or "white"
+    return objects * NUMBERS.get(number, 1), names.get(word), background or "white"
 
 
 def kind(caption):
     """"one object", "counts" or "relation": what a caption of the built-in scenes is about."""
-    number, _, relation, _ = read_caption(caption)
-    return "relation" if relation else "counts" if number > 1 else "one object"
+    objects, relation, _ = read_caption(caption)
+    return "relation" if relation else "counts" if len(objects) > 1 else "one object"
 
 
 def _regions(mask):
-    """Yields (rows, columns) of each 4-connected region of a boolean (H,W) mask."""
-    left = set(map(tuple, np.argwhere(mask).tolist()))
-    while left:
-        region = [left.pop()]
-        for y, x in region:    # which grows meanwhile
-            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
-            left -= near
-            region.extend(near)
-        yield tuple(np.transpose(region))
+    """The 4-connected regions of a boolean (H,W) mask, each as a mask of its own: every pixel takes
+    the largest number among itself and its neighbours, until no number moves any more."""
+    labels, before = mask * np.arange(1, mask.size + 1).reshape(mask.shape), None
+    while not np.array_equal(labels, before):
+        before, wide = labels, np.pad(labels, 1)
+        near = wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]
+        labels = mask * np.maximum(labels, np.max(near, 0))
+    return [labels == label for label in np.unique(labels[mask])]
 
 
 def _recognise(image, background):
@@ -209,23 +206,22 @@ def _recognise(image, background):
     cell, plain, objects = len(image) // GRID, np.float32(BACKGROUNDS[background]), []
     image = image - plain    # 0 where the background is
     tones = {name: np.float32(rgb) - plain for name, rgb in COLOURS.items()}
-    for ys, xs in _regions(abs(image).max(-1) > 40):
-        pixels = image[ys, xs]
+    for region in _regions(abs(image).max(-1) > 40):
+        pixels = image[region]
         if len(pixels) < cell * cell / 16:
             continue    # noise of the tokenizer: 3 pixels of 64 x 64
         core = np.median(pixels[np.argsort(-np.square(pixels).sum(-1))[: len(pixels) // 2]], 0)
         gap, colour = min((abs(core - tone).max(), name) for name, tone in tones.items())
         cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
-        y, x = ((places.min() + places.max() + 1) / 2 for places in (ys, xs))
+        y, x = ((places.min() + places.max() + 1) / 2 for places in np.nonzero(region))
         fits = []
-        for size, shape in ((size, shape) for size in SIZES for shape in SHAPES):
-            side = SIZES[size] * cell
-            top, left = round(y - side / 2), round(x - side / 2)
-            box = cover[max(top, 0) : top + side, max(left, 0) : left + side]
-            if box.shape == (side, side):    # else this size would stick out of the picture
-                outside = (ys < top) | (ys >= top + side) | (xs < left) | (xs >= left + side)
-                missed = abs(box - stencil(shape, side)).sum() + outside.sum()
-                fits.append((missed / stencil(shape, side).sum(), size, shape))
+        for size, shape in itertools.product(SIZES, SHAPES):
+            drawn = stencil(shape, SIZES[size] * cell)
+            top, left = (round(middle - len(drawn) / 2) for middle in (y, x))
+            box = np.s_[top : top + len(drawn), left : left + len(drawn)]
+            if cover[box].shape == drawn.shape:    # else this size would stick out of the picture
+                missed = abs(cover[box] - drawn).sum() + len(pixels) - region[box].sum()
+                fits.append((missed / drawn.sum(), size, shape))
         error, size, shape = min(fits, default=(1.0, None, None))
         if gap > 35 or error > 0.15:
             return []
@@ -242,8 +238,8 @@ def check(image, caption):
     """
     if isinstance(image, torch.Tensor):
         image = image.detach().float().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
-    number, wanted, relation, background = read_caption(caption)
-    wanted, found = wanted * number, _recognise(image.astype(np.float32), background)
+    wanted, relation, background = read_caption(caption)
+    found = _recognise(image.astype(np.float32), background)
     return len(found) == len(wanted) and any(
         all(size in (None, got[0]) and (colour, shape) == got[1:3]
             for (size, colour, shape), got in zip(wanted, order))

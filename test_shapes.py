@@ -264,35 +264,34 @@ def test_malformed_objects_are_wrong():
 
 def test_a_tenth_of_the_combinations_is_held_out_in_both_readings():
     things = [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
-    combos = [(a, r, b) for a in things for r in data.RELATIONS for b in things if a != b]
-    hidden = [combo for combo in combos if data.held_out(*combo)]
-    assert 0.09 < len(hidden) / len(combos) < 0.11
-    assert all(data.held_out(b, data.OPPOSITE[r], a) for a, r, b in hidden), (
-        "one picture, two sides"
-    )
+    combos = [(a, r, b) for a in things for r in data.RELATIONS for b in things]
+    groups = {combo: data.group(*combo) for combo in combos}
+    for (a, r, b), group in groups.items():
+        assert (group == "equal") == (a == b)
+        assert (group == "rare") == (a != b and bool({a, b} & data.RARE))
+        assert group == groups[b, data.OPPOSITE[r], a], "one picture, two sides"
+    hidden, shown = (list(groups.values()).count(group) for group in ("held out", "common"))
+    assert 0.09 < hidden / (hidden + shown) < 0.11
 
 
 def relations(split, n=400):
     """Of n scenes those about relations: ((colour, shape), relation, (colour, shape))."""
     read = [data.read_caption(caption) for caption in data.Scenes(split, seed=2).captions(n)]
-    return [
-        (one[1:], relation, other[1:]) for _, (one, *rest), relation, _ in read for other in rest
-    ]
+    pairs = [(things, relation) for things, relation, _ in read if relation]
+    return [(one[1:], relation, other[1:]) for (one, other), relation in pairs]
 
 
 def test_what_training_never_shows():
     for split in ("train", "seen"):
-        for one, relation, other in relations(split):
-            assert not {one, other} & data.RARE and not data.held_out(one, relation, other)
+        assert {data.group(*combo) for combo in relations(split)} == {"common"}
     combination, pair = relations("combination"), relations("pair")
     assert len(combination) == len(pair) == 400, "both splits are about relations"
-    assert all(
-        data.held_out(*combo) and not {combo[0], combo[2]} & data.RARE for combo in combination
-    )
+    assert {data.group(*combo) for combo in combination} == {"held out"}
+    assert {data.group(*combo) for combo in pair} == {"rare"}
     assert all({one, other} & data.RARE for one, _, other in pair)
     alone = {
         tuple(things[0][1:])
-        for _, things, relation, _ in map(data.read_caption, data.Scenes(seed=2).captions(1500))
+        for things, relation, _ in map(data.read_caption, data.Scenes(seed=2).captions(1500))
         if not relation
     }
     assert data.RARE <= alone, "training shows the rare pairs, but only by themselves"
