@@ -8,16 +8,19 @@ import itertools
 import json
 import math
 import os
-import posixpath
 import re
 import signal
 import sys
 import tarfile
 import time
 import zlib
+from collections import defaultdict, namedtuple
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
+from posixpath import basename, dirname, join, normpath, splitext    # names of files, on any system
 
 import numpy as np
 import sentencepiece
@@ -252,12 +255,19 @@ def check(image, caption):
 # ---------------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-LISTS = ("metadata.jsonl", "metadata.csv")      # as Hugging Face's ImageFolder
-CAPTION_KEYS = ("text", "caption", "prompt")    # in the rows of any caption file
+LISTS = ("metadata.jsonl", "metadata.csv")    # as Hugging Face's ImageFolder
+# One file of the data, on a disk or inside a shard. `stem` is what a picture and the captions
+# beside it have in common: the name up to the last dot; in a shard, up to the first.
+File = namedtuple("File", "path stem offset size", defaults=("", 0, -1))
 
 
-class BadImage(Exception):
-    """A picture that cannot be read, BadImage(name, reason); `batches` skips and counts it."""
+@contextmanager
+def explain(what, expected):
+    """An error inside ends the program with one line: what is wrong, how, what was expected."""
+    try:
+        yield
+    except Exception as error:    # as many kinds as there are ways to be something else
+        raise SystemExit(f"{what}: {error!r}; expected {expected}")
 
 
 def open_image(file, draft=math.inf):
@@ -266,7 +276,7 @@ def open_image(file, draft=math.inf):
     file: path or binary file object. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 size, the
     smallest with both sides >= draft; several times faster for large photographs.
     EXIF rotation is applied, transparency lies on white, 16 bits are scaled to 8, of an
-    animation the first frame counts. Raises BadImage.
+    animation the first frame counts. Raises OSError, whatever is wrong with the file.
     """
     try:
         image = Image.open(file)
@@ -279,8 +289,7 @@ def open_image(file, draft=math.inf):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:    # PIL meets damaged files with a dozen different exceptions
-        reason = f"{type(error).__name__}: {error}".split(" <_io")[0]    # no address of an object
-        raise BadImage(str(file), reason) from None
+        raise OSError(f"{type(error).__name__}: {error}".split(" <_io")[0]) from None
 
 
 def _crop(image, size, rng, offset, ratios):
@@ -323,68 +332,86 @@ def centre_crop(image, size, rng=None):
     return _crop(image, size, np.random.default_rng(0), lambda slack: slack // 2, (1, 1))
 
 
-def _inside(name, where):
-    """The relative path `name` that the file `where` mentions; SystemExit if it leads outside."""
+def _read(file):
+    return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
+
+
+def _inside(folder, name):
+    """The path of the file `name` of a folder. Raises ValueError if it leads out of there."""
     if re.match(r"[/\\]|\w+:[/\\]", name) or ".." in re.split(r"[/\\]", name):
-        raise SystemExit(f"{where} names {name!r}; expected a path relative to it, without '..'")
-    return posixpath.normpath(name)
+        raise ValueError(f"{name} is not a relative path without '..'")
+    return normpath(join(folder, name))
 
 
 def _index(path):
-    """{name: (key, file on disk, offset, size)} of all files below a folder or in a .tar.
+    """{name: File} of all files below a folder or in a .tar, sorted, without hidden ones.
 
     Shards are read in place: only the offsets of their members are kept, so that access is
-    random and nothing is ever unpacked. A shard counts as a folder of its name. A picture and
-    its caption file share the key: the name up to the last dot; in a shard, up to the first.
+    random and nothing is ever unpacked. A shard counts as a folder of its name.
     """
     files = {}
     found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
     for file in found or [str(path)]:
-        name = os.path.relpath(file, path).replace(os.sep, "/")
+        name = Path(file).relative_to(path).as_posix()
         if not file.lower().endswith(".tar"):
-            files[name] = posixpath.splitext(name)[0], file, 0, -1
+            files[name] = File(file, splitext(name)[0])
             continue
-        try:
-            with tarfile.open(file, "r:") as shard:
-                for member in shard:
-                    inner = posixpath.normpath(posixpath.join(name, _inside(member.name, file)))
-                    key = re.match(r"(.*/)?[^/.]*", inner)[0]
-                    if member.isreg() and not member.issparse():
-                        files[inner] = key, file, member.offset_data, member.size
-                    elif not member.isdir():
-                        raise SystemExit(f"{file}: {inner} is a link; expected plain files")
-                shard.fileobj.seek(shard.offset)
-                if shard.fileobj.read(512) != bytes(512):    # tarfile takes any end for the end
-                    raise tarfile.ReadError("it is cut short or damaged")
-        except (tarfile.TarError, OSError) as error:
-            raise SystemExit(f"{file} is not a whole, uncompressed .tar ({error}); replace it")
-    return files
+        with explain(file, "a whole, uncompressed .tar"), tarfile.open(file, "r:") as shard:
+            for member in shard:
+                inner = _inside(name, member.name)
+                stem = re.match(r"(.*/)?[^/.]*", inner)[0]
+                files[inner] = File(file, stem, member.offset_data, member.size)
+                if not (member.isreg() or member.isdir()):
+                    raise ValueError(f"{member.name} is a link or a device")
+            if _read(File(file, "", shard.offset, 512)) != bytes(512):
+                raise ValueError("cut short or damaged")    # tarfile takes any end for the end
+    return {name: files[name] for name in sorted(files) if basename(name)[0] != "."}
 
 
-def _rows(file, content, errors="strict"):
+def _rows(name, file):
     """The rows of a caption file, dicts: of a table, with a file_name; of a .txt, its lines."""
-    text, ending = content.decode("utf-8-sig", errors), posixpath.splitext(file)[1].lower()
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("a Git-LFS pointer in the place of the file: git lfs pull")
-    if ending == ".csv":    # only the csv module can tell rows from line breaks
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+    text, ending = _read(file).decode("utf-8-sig", "replace"), splitext(name)[1].lower()
     lines = [line for line in text.split("\n") if line.strip()]
     if ending == ".txt":
         return [{"text": line} for line in lines]
     if ending == ".jsonl":
         return [json.loads(line) for line in lines]
+    if ending == ".csv":    # only the csv module can tell rows from line breaks
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     table = json.loads(text)
-    if "annotations" not in table:
-        return [table]
-    pictures = {image["id"]: image["file_name"] for image in table["images"]}    # COCO
-    return [{**row, "file_name": pictures[row["image_id"]]} for row in table["annotations"]
-            if row["image_id"] in pictures]
+    names = {image["id"]: image["file_name"] for image in table.get("images", ())}    # COCO
+    rows = table.get("annotations", [table])
+    return [{**row, "file_name": names.get(row.get("image_id"), "")} for row in rows]
 
 
 def _caption(row):
     """The caption in a row of a caption file, on one line. Raises LookupError without one."""
-    text = [row[key] for key in CAPTION_KEYS if key in row][0]
+    text = [row[key] for key in ("text", "caption", "prompt") if key in row][0]
     return " ".join(str(text or "").split())
+
+
+def _listed(names, lists, anywhere=False):
+    """{picture: its captions} of those that `lists`, {name: File}, mention.
+
+    Their paths are relative to the list, as in metadata; or `anywhere`, as in COCO captions JSON,
+    to any folder of the data. Raises SystemExit with one line for a list that is none.
+    """
+    alike = {base: list(same) for base, same in groupby(sorted(names, key=basename), basename)}
+    listed = defaultdict(list)
+    for source, file in lists.items():
+        with explain(source, "COCO captions JSON or rows with file_name and text, no Git-LFS link"):
+            for row in _rows(source, file):
+                path = _inside("" if anywhere else dirname(source), row["file_name"])
+                found = [name for name in alike.get(basename(path), ())
+                         if name == path or anywhere and name.endswith("/" + path)]
+                if len(found) > 1:
+                    raise ValueError(f"{path} may be {' or '.join(found)}: give one's --data")
+                for name in found:
+                    listed[name].append(_caption(row))
+    if not listed:
+        raise SystemExit(f"{source}: no picture that is there; expected COCO's or metadata's names "
+                         f"of them, such as {names[0]}")
+    return listed
 
 
 class Pictures:
@@ -401,17 +428,20 @@ class Pictures:
 
     def __init__(self, path, captions=None, size=256, crop=tokenizer_crop, split="train"):
         self.size, self.crop, self.files = size, crop, _index(path)
-        names = [name for name in sorted(self.files) if name.lower().endswith(EXTENSIONS)
-                 and not posixpath.basename(name).startswith(".")]
+        names = [name for name in self.files if name.lower().endswith(EXTENSIONS)]
         if not names:
-            raise SystemExit(f"--data {path}: no picture in it; expected a folder or a .tar file "
-                             f"that exists and holds {' '.join(EXTENSIONS)}")
-        texts = {self.files[name][0]: name for name in sorted(self.files)
-                 if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
-        beside = {name: texts.get(self.files[name][0], []) for name in names}
-        if not any(beside.values()):
-            beside = {name: [_folder(name)] for name in names}
-        self.texts = self._listed(names, captions) or beside    # {picture: captions or their file}
+            raise SystemExit(f"--data {path}: no picture; expected {' '.join(EXTENSIONS)}")
+        lists = {name: file for name, file in self.files.items() if basename(name) in LISTS}
+        beside = {file.stem: name for name, file in self.files.items()
+                  if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
+        # {picture: its captions, or the name of the file beside it that holds them}
+        self.texts = {name: beside.get(self.files[name].stem, []) for name in names}
+        if captions:
+            self.texts = _listed(names, {str(captions): File(captions)}, anywhere=True)
+        elif lists:
+            self.texts = _listed(names, lists)
+        elif not any(self.texts.values()):
+            self.texts = {name: [_folder(name)] for name in names}
         train = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50}
         chosen = train if split == "train" else self.texts.keys() - train
         self.names = sorted(chosen or self.texts)    # too few cannot be split
@@ -420,13 +450,11 @@ class Pictures:
         return len(self.names)
 
     def sample(self, index, rng):
-        """-> uint8 (size, size, 3), caption. Raises BadImage."""
+        """-> uint8 (size, size, 3), caption. Raises OSError for a file that is bad or gone."""
         name = self.names[index]
-        try:    # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing
-            image = open_image(io.BytesIO(self._read(name)), round(1.5 * self.size))
-            captions = self._captions(name)
-        except (BadImage, OSError) as error:
-            raise BadImage(name, error.args[-1]) from None
+        # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing.
+        image = open_image(io.BytesIO(_read(self.files[name])), round(1.5 * self.size))
+        captions = self._captions(name)
         return self.crop(image, self.size, rng), captions[rng.integers(len(captions))]
 
     def captions(self, n):
@@ -434,64 +462,27 @@ class Pictures:
         names = self.names[:: max(1, len(self) // n)]
         return [caption for name in names for caption in self._captions(name)][:n]
 
-    def _read(self, name):
-        _, file, offset, size = self.files[name]
-        return np.fromfile(file, np.uint8, size, offset=offset).tobytes()
-
     def _captions(self, name):
         """All captions of a picture: at least one, which may be empty."""
         texts = self.texts[name]
         if isinstance(texts, str):
             try:
-                texts = [_caption(row) for row in _rows(texts, self._read(texts), "replace")]
+                texts = [_caption(row) for row in _rows(texts, self.files[texts])]
             except Exception:    # a .json without a caption, or no JSON
                 texts = []
         return texts or [""]
 
-    def _listed(self, names, captions):
-        """The captions in COCO captions JSON or in metadata files, {} without either.
-
-        The names in metadata are relative to it; those in COCO files to any folder of the data.
-        """
-        lists = [file for file in sorted(self.files) if posixpath.basename(file) in LISTS]
-        if captions:
-            lists = [str(captions)]
-            self.files[lists[0]] = "", captions, 0, -1
-        alike, listed = {}, {}
-        for name in names:
-            alike.setdefault(posixpath.basename(name), []).append(name)
-        for file in lists:
-            try:
-                rows = [(_inside(row["file_name"], file), _caption(row))
-                        for row in _rows(file, self._read(file))]
-            except Exception as error:    # as many kinds as there are ways to be something else
-                expected = "COCO captions JSON" if captions else "rows with file_name and text"
-                raise SystemExit(f"{file}: {type(error).__name__}: {error}; expected {expected}")
-            for name, caption in rows:
-                path = name if captions else posixpath.join(posixpath.dirname(file), name)
-                found = [other for other in alike.get(posixpath.basename(path), ())
-                         if other == path or captions and other.endswith("/" + path)]
-                if len(found) > 1:
-                    raise SystemExit(f"{file}: {name} may be {' or '.join(found)}; give --data "
-                                     "the folder that it lies in")
-                for picture in found:
-                    listed.setdefault(picture, []).append(caption)
-        if lists and not listed:
-            raise SystemExit(f"{lists[0]} names no picture that is there, such as {names[0]}")
-        return listed
-
 
 def _folder(name):
     """The caption in the name of a picture's folder; numbers and shards, as in 00000, are none."""
-    folder = posixpath.basename(posixpath.dirname(name))
+    folder = basename(dirname(name))
     return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
 
 
 def open_data(path, captions=None, size=256, crop=tokenizer_crop, split="train", seed=0):
-    """The data of --data and --captions: built-in scenes if path is empty, else Pictures."""
-    if captions and not path:
-        raise SystemExit(f"--captions {captions} needs --data, the folder of its pictures")
-    return Pictures(path, captions, size, crop, split) if path else Scenes(split, size, seed)
+    """The data of --data and --captions: built-in scenes if both are empty, else Pictures."""
+    scenes = not path and not captions
+    return Scenes(split, size, seed) if scenes else Pictures(path, captions, size, crop, split)
 
 
 def save_grid(path, rows, labels=None):
@@ -499,18 +490,15 @@ def save_grid(path, rows, labels=None):
 
     Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
     """
-    zoom, foot, n = max(1, 128 // rows[0].shape[-1]), 18 if labels else 0, max(map(len, rows))
-    strips = []
-    for row in rows:
-        pixels = row.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
-        pixels = pixels.cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)    # (n,h,w,3)
-        frame = (0, n - len(row)), (2, 2 + foot), (2, 2), (0, 0)
-        strips.append(np.hstack(np.pad(pixels, frame, constant_values=255)))    # (h,n·w,3)
-    sheet = Image.fromarray(np.vstack(strips))
-    letters = sheet.width // 6
-    for y, label in enumerate(labels or ()):
-        label = label if len(label) <= letters else label[: letters - 3] + "..."
-        ImageDraw.Draw(sheet).text((3, (y + 1) * len(strips[0]) - foot), label, "black")
+    rows = [row.detach().float().clamp(0, 1).mul(255).round().byte().cpu() for row in rows]
+    sheet = nn.utils.rnn.pad_sequence(rows, True, 255)                          # (R,n,3,H,W)
+    zoom, foot = max(1, 128 // sheet.shape[-1]), 18 if labels else 0
+    sheet = sheet.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
+    sheet = nn.functional.pad(sheet, (2, 2, 2, 2 + foot), value=255)            # (R,n,3,h,w)
+    sheet = sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()    # (R·h,n·w,3)
+    sheet = Image.fromarray(sheet)
+    for y, label in enumerate(labels or (), 1):
+        ImageDraw.Draw(sheet).text((3, y * sheet.height // len(rows) - foot), label, "black")
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
 
@@ -531,15 +519,12 @@ def train_tokens(captions, pieces=16_000):
     """
     captions = [caption[:1000] for caption in captions if caption.strip()]
     model = io.BytesIO()
-    try:
+    with explain(f"{pieces} text tokens from {len(captions)} captions", "captions for them"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
             model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
             normalization_rule_name="nmt_nfkc_cf", minloglevel=2,
             pad_id=PAD, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS)
-    except (RuntimeError, OSError) as error:
-        raise SystemExit(f"cannot learn {pieces} text tokens from {len(captions)} captions that "
-                         f"are not empty ({' '.join(str(error).split())})")
     return model.getvalue()
 
 
@@ -557,14 +542,12 @@ class Text:
     def __call__(self, captions):
         ids = torch.full((len(captions), self.length), PAD)    # (B,T)
         for row, caption, tokens in zip(ids, captions, self.pieces.encode(list(captions))):
+            kept = tokens[: self.length - 1] + [EOS] if tokens else []
+            row[: len(kept)] = torch.tensor(kept)
             if len(tokens) >= self.length:
                 self.truncated += 1
                 if math.log10(self.truncated).is_integer():    # the 1st, 10th, 100th ...
-                    say(f"texts of more than {self.length - 1} tokens that were cut, so far: "
-                        f"{self.truncated}, such as {caption[:60]!r}")
-            if tokens:
-                tokens = [*tokens[: self.length - 1], EOS]
-                row[: len(tokens)] = torch.tensor(tokens)
+                    say(f"long texts cut, so far: {self.truncated}, such as {caption[:60]!r}")
         return ids
 
 
@@ -573,9 +556,11 @@ class Text:
 # ---------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
-def permutation(seed, epoch, length):
-    """The order in which an epoch shows the pictures."""
-    return np.random.default_rng((seed, epoch, 1)).permutation(length)
+def order(dataset, seed, epoch):
+    """The indices of an epoch: a permutation of the pictures; scenes never repeat."""
+    if isinstance(dataset, Scenes):
+        return range(epoch * len(dataset), (epoch + 1) * len(dataset))
+    return np.random.default_rng((seed, epoch, 1)).permutation(len(dataset))
 
 
 class Stream(torch.utils.data.Dataset):
@@ -603,17 +588,14 @@ class Stream(torch.utils.data.Dataset):
 
     def _sample(self, position, bad):
         rng = np.random.default_rng((self.seed, position))
-        for offset in range(100):    # a bad file gives way to the next one in the same order
+        for place in range(position, position + 100):    # a bad file gives way to the next one
+            epoch, place = divmod(place, len(self.dataset))
+            index = order(self.dataset, self.seed, epoch)[place]
             try:
-                pixels, caption = self.dataset.sample(self._index(position + offset), rng)
+                pixels, caption = self.dataset.sample(index, rng)
                 return pixels, "" if rng.random() < self.drop else caption
-            except BadImage as error:
-                bad[error.args[0]] = error.args[-1]
-
-    def _index(self, position):
-        epoch, place = divmod(position, len(self.dataset))
-        endless = isinstance(self.dataset, Scenes)
-        return position if endless else permutation(self.seed, epoch, len(self.dataset))[place]
+            except OSError as error:
+                bad[self.dataset.names[index]] = str(error)
 
 
 def _deaf(worker):
@@ -640,8 +622,8 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
             tqdm.write(f"skipped a bad picture ({len(known)} so far): {name}: {bad[name]}")
         seen = max(step * batch // world, 10_000)
         if images is None or len(known) > 0.02 * min(len(dataset), seen):
-            raise SystemExit(f"{len(known)} of {len(dataset)} pictures are bad, more than 2 %; "
-                             f"repair or remove: {', '.join(sorted(known)[:100])}")
+            bad = ", ".join(sorted(known)[:100])
+            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {bad}")
         yield images, text(captions) if text else captions
 
 

@@ -365,7 +365,7 @@ def test_paths_outside_are_refused(tmp_path, name, kind):
     else:
         tar(tmp_path / "x.tar", {name: b"x"})
     message = error(data.Pictures, tmp_path, captions)
-    assert repr(name) in message and ".." in message
+    assert repr(name)[1:-1] in message and ".." in message
 
 
 @pytest.mark.parametrize(
@@ -634,12 +634,12 @@ def bad_files(folder):
     return sorted(broken)
 
 
-def test_bad_files_raise_bad_image(tmp_path):
+def test_bad_files_raise_os_error(tmp_path):
     for name in bad_files(tmp_path):
-        with pytest.raises(data.BadImage):
+        with pytest.raises(OSError):
             data.open_image(tmp_path / name)
     data.open_image(tmp_path / "ok.jpg"), data.open_image(tmp_path / "ok.png")
-    with pytest.raises(data.BadImage):
+    with pytest.raises(OSError):
         data.open_image(tmp_path / "missing.png")
 
 
@@ -776,10 +776,10 @@ def test_order_depends_on_nothing_but_seed_and_step(folder):
 
 
 def test_an_epoch_sees_every_picture_once(folder):
-    stream = data.Stream(data.Pictures(folder, size=16), batch=8, seed=1)
-    n = len(stream.dataset)
-    orders = [[stream._index(epoch * n + k) for k in range(n)] for epoch in range(2)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(n)) and orders[0] != orders[1]
+    stream = data.Stream(data.Pictures(folder, size=16), batch=12, seed=1)
+    shown = [int(caption.split()[-1]) for step in range(10) for caption in stream[step][1]]
+    first, second = shown[:60], shown[60:]
+    assert sorted(first) == sorted(second) == list(range(60)) and first != second
 
 
 def test_scenes_never_repeat():
