@@ -352,7 +352,7 @@ def _index(path):
     files = {}
     found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
     for file in found or [str(path)]:
-        name = Path(file).relative_to(path).as_posix()
+        name = normpath(file.removeprefix(str(path)).replace(os.sep, "/").lstrip("/"))
         if not file.lower().endswith(".tar"):
             files[name] = File(file, splitext(name)[0])
             continue
@@ -399,18 +399,17 @@ def _listed(names, lists, anywhere=False):
     alike = {base: list(same) for base, same in groupby(sorted(names, key=basename), basename)}
     listed = defaultdict(list)
     for source, file in lists.items():
-        with explain(source, "COCO captions JSON or rows with file_name and text, no Git-LFS link"):
+        with explain(source, "COCO JSON, or rows with file_name and text; no Git-LFS pointer"):
             for row in _rows(source, file):
                 path = _inside("" if anywhere else dirname(source), row["file_name"])
                 found = [name for name in alike.get(basename(path), ())
                          if name == path or anywhere and name.endswith("/" + path)]
                 if len(found) > 1:
-                    raise ValueError(f"{path} may be {' or '.join(found)}: give one's --data")
+                    raise ValueError(f"{path} may be {' or '.join(found)}; give --data its folder")
                 for name in found:
                     listed[name].append(_caption(row))
     if not listed:
-        raise SystemExit(f"{source}: no picture that is there; expected COCO's or metadata's names "
-                         f"of them, such as {names[0]}")
+        raise SystemExit(f"{source}: no picture of the data, such as {names[0]}, as in COCO or metadata")
     return listed
 
 
@@ -495,8 +494,8 @@ def save_grid(path, rows, labels=None):
     zoom, foot = max(1, 128 // sheet.shape[-1]), 18 if labels else 0
     sheet = sheet.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     sheet = nn.functional.pad(sheet, (2, 2, 2, 2 + foot), value=255)            # (R,n,3,h,w)
-    sheet = sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()    # (R·h,n·w,3)
-    sheet = Image.fromarray(sheet)
+    sheet = sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)            # (R·h,n·w,3)
+    sheet = Image.fromarray(sheet.numpy())
     for y, label in enumerate(labels or (), 1):
         ImageDraw.Draw(sheet).text((3, y * sheet.height // len(rows) - foot), label, "black")
     sheet.save(f"{path}.tmp", "PNG")
@@ -519,7 +518,7 @@ def train_tokens(captions, pieces=16_000):
     """
     captions = [caption[:1000] for caption in captions if caption.strip()]
     model = io.BytesIO()
-    with explain(f"{pieces} text tokens from {len(captions)} captions", "captions for them"):
+    with explain(f"{pieces} text tokens from {len(captions)} captions", "some text, more tokens"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
             model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
@@ -588,8 +587,8 @@ class Stream(torch.utils.data.Dataset):
 
     def _sample(self, position, bad):
         rng = np.random.default_rng((self.seed, position))
-        for place in range(position, position + 100):    # a bad file gives way to the next one
-            epoch, place = divmod(place, len(self.dataset))
+        for position in range(position, position + 100):    # a bad file gives way to the next one
+            epoch, place = divmod(position, len(self.dataset))
             index = order(self.dataset, self.seed, epoch)[place]
             try:
                 pixels, caption = self.dataset.sample(index, rng)
