@@ -353,18 +353,17 @@ def _index(path):
     found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
     for file in found or [str(path)]:
         name = normpath(file.removeprefix(str(path)).replace(os.sep, "/").lstrip("/"))
-        if not file.lower().endswith(".tar"):
-            files[name] = File(file, splitext(name)[0])
-            continue
-        with explain(file, "a whole, uncompressed .tar"), tarfile.open(file, "r:") as shard:
-            for member in shard:
-                inner = _inside(name, member.name)
-                stem = re.match(r"(.*/)?[^/.]*", inner)[0]
-                files[inner] = File(file, stem, member.offset_data, member.size)
-                if not (member.isreg() or member.isdir()):
-                    raise ValueError(f"{member.name} is a link or a device")
-            if _read(File(file, "", shard.offset, 512)) != bytes(512):
-                raise ValueError("cut short or damaged")    # tarfile takes any end for the end
+        files[name] = File(file, splitext(name)[0])
+        if file.lower().endswith(".tar"):
+            with explain(file, "a whole, uncompressed .tar"), tarfile.open(file, "r:") as shard:
+                for member in shard:
+                    if not (member.isreg() or member.isdir()):
+                        raise ValueError(f"{member.name} is a link or a device")
+                    inner = _inside(name, member.name)
+                    stem = re.match(r"(.*/)?[^/.]*", inner)[0]
+                    files[inner] = File(file, stem, member.offset_data, member.size)
+                if _read(File(file, "", shard.offset, 512)) != bytes(512):
+                    raise ValueError("cut short or damaged")    # tarfile takes any end for the end
     return {name: files[name] for name in sorted(files) if basename(name)[0] != "."}
 
 
@@ -409,7 +408,7 @@ def _listed(names, lists, anywhere=False):
                 for name in found:
                     listed[name].append(_caption(row))
     if not listed:
-        raise SystemExit(f"{source}: no picture of the data, such as {names[0]}, as in COCO or metadata")
+        raise SystemExit(f"{source} (COCO, metadata) names no picture of these: {names[0]} ...")
     return listed
 
 
@@ -551,7 +550,7 @@ class Text:
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Stream: the order of the data is a function of (seed, step, slot) and of nothing else
+# 4. Stream: the order of the data is a function of (seed, position) and of nothing else
 # ---------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
@@ -563,38 +562,28 @@ def order(dataset, seed, epoch):
 
 
 class Stream(torch.utils.data.Dataset):
-    """Endless: step -> this process's slice of its batch, as uint8 (b,3,S,S), captions, and the
-    bad files met, {name: reason}. The pictures are None if 100 files in a row were bad.
+    """Endless: position -> uint8 (3,S,S), caption, and a line for each bad file met instead.
 
-    Every epoch is its own permutation of the pictures; built-in scenes never repeat. The
-    generator of a sample, for augmentation and for caption dropout, is seeded by (seed, position),
-    position = step·batch + slot, so neither workers nor processes nor a resume change anything,
-    and no state has to be saved. drop: probability of an empty caption.
+    The generator of a sample, for augmentation and for caption dropout, is seeded by (seed,
+    position), so neither workers nor processes nor a resume change anything, and no state has to
+    be saved. drop: probability of an empty caption. After 100 bad files the picture is black.
     """
 
-    def __init__(self, dataset, batch, seed, rank=0, world=1, drop=0.0):
-        self.dataset, self.batch, self.seed, self.drop = dataset, batch, seed, drop
-        self.slots = range(batch * rank // world, batch * (rank + 1) // world)
+    def __init__(self, dataset, seed, drop=0.0):
+        self.dataset, self.seed, self.drop = dataset, seed, drop
 
-    def __getitem__(self, step):
-        bad = {}
-        samples = [self._sample(step * self.batch + slot, bad) for slot in self.slots]
-        if None in samples:
-            return None, [], bad
-        pixels, captions = zip(*samples)                                   # (S,S,3) each
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)    # (b,3,S,S)
-        return images.contiguous(), list(captions), bad
-
-    def _sample(self, position, bad):
-        rng = np.random.default_rng((self.seed, position))
-        for position in range(position, position + 100):    # a bad file gives way to the next one
-            epoch, place = divmod(position, len(self.dataset))
+    def __getitem__(self, position):
+        rng, bad = np.random.default_rng((self.seed, position)), ""
+        for later in range(position, position + 100):    # a bad file gives way to the next one
+            epoch, place = divmod(later, len(self.dataset))
             index = order(self.dataset, self.seed, epoch)[place]
             try:
-                pixels, caption = self.dataset.sample(index, rng)
-                return pixels, "" if rng.random() < self.drop else caption
+                pixels, caption = self.dataset.sample(index, rng)                 # (S,S,3)
+                caption = "" if rng.random() < self.drop else caption
+                return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), caption, bad
             except OSError as error:
-                bad[self.dataset.names[index]] = str(error)
+                bad += f"{self.dataset.names[index]}: {error}\n"
+        return torch.zeros(3, self.dataset.size, self.dataset.size).byte(), "", bad
 
 
 def _deaf(worker):
@@ -608,22 +597,26 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
 
     -> uint8 (batch/world,3,S,S), and text(captions) (b,T) int64, or the list of captions if text
     is None. drop: probability of an empty caption. Bad files are named once; SystemExit lists
-    them when they are more than 2 % (of the data; of what was read so far, from 10,000 on).
+    them when they are more than 2 % (of the data; of what was read so far, from 10,000 on), or
+    when 100 are met in one step.
     """
+    share = slice(batch * rank // world, batch * (rank + 1) // world)
+    positions = (range(step * batch, (step + 1) * batch)[share] for step in range(start, steps))
     loader = torch.utils.data.DataLoader(
-        Stream(dataset, batch, seed, rank, world, drop), None, sampler=range(start, steps),
-        num_workers=workers, worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
+        Stream(dataset, seed, drop), batch_sampler=positions, num_workers=workers,
+        worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
-    known = {}
+    known = set()
     for step, (images, captions, bad) in enumerate(loader, 1):
-        for name in bad.keys() - known.keys():
-            known[name] = bad[name]
-            tqdm.write(f"skipped a bad picture ({len(known)} so far): {name}: {bad[name]}")
-        seen = max(step * batch // world, 10_000)
-        if images is None or len(known) > 0.02 * min(len(dataset), seen):
-            bad = ", ".join(sorted(known)[:100])
-            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {bad}")
-        yield images, text(captions) if text else captions
+        met = "".join(bad).splitlines()
+        for line in set(met) - known:
+            known.add(line)
+            tqdm.write(f"skipped a bad picture ({len(known)} so far): {line}")
+        seen = max(step * len(captions), 10_000)
+        if len(met) >= 100 or len(known) > 0.02 * min(len(dataset), seen):
+            lines = "; ".join(sorted(known)[:100])
+            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {lines}")
+        yield images, text(captions) if text else list(captions)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -777,8 +777,9 @@ def test_order_depends_on_nothing_but_seed_and_step(folder):
 
 def test_an_epoch_sees_every_picture_once(folder):
     pictures = data.Pictures(folder, size=16)
-    stream = data.Stream(pictures, batch=len(pictures), seed=1)
-    epochs = [[int(caption.split()[-1]) for caption in stream[step][1]] for step in range(2)]
+    stream, n = data.Stream(pictures, seed=1), len(pictures)
+    shown = [int(stream[position][1].split()[-1]) for position in range(2 * n)]
+    epochs = shown[:n], shown[n:]
     everything = sorted(int(name[:3]) for name in pictures.names)
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything and epochs[0] != epochs[1]
 
@@ -2695,9 +2696,11 @@ def test_f70_the_loss_is_the_mean_over_tokens_and_text_is_cut_to_the_longest():
 
 def test_f88_a_share_of_the_captions_is_dropped():
     scenes = data.Scenes(size=8)
-    captions = data.Stream(scenes, 1000, 0, drop=0.1)[0][1]
-    assert 0.07 < captions.count("") / 1000 < 0.13
-    assert "" not in data.Stream(scenes, 50, 0)[0][1]
+    captions, whole = (
+        [caption for _, caption, _ in map(data.Stream(scenes, 0, drop).__getitem__, range(1000))]
+        for drop in (0.1, 0.0)
+    )
+    assert 0.07 < captions.count("") / 1000 < 0.13 and "" not in whole
 
 
 # --- drawing and measuring ----------------------------------------------------------------------
