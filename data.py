@@ -256,8 +256,9 @@ def check(image, caption):
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LISTS = ("metadata.jsonl", "metadata.csv")    # as Hugging Face's ImageFolder
-# One file of the data, on a disk or inside a shard. `stem` is what a picture and the captions
-# beside it have in common: the name up to the last dot; in a shard, up to the first.
+# A file of the data: `size` bytes of `path` from `offset` on, which is inside a shard; or all of
+# it. `stem` is what a picture and the captions beside it have in common: the name up to the last
+# dot; in a shard, up to the first.
 File = namedtuple("File", "path stem offset size", defaults=("", 0, -1))
 
 
@@ -333,6 +334,7 @@ def centre_crop(image, size, rng=None):
 
 
 def _read(file):
+    """The bytes of a File, read only now: there may be millions."""
     return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
 
 
@@ -377,8 +379,8 @@ def _rows(name, file):
         return [json.loads(line) for line in lines]
     if ending == ".csv":    # only the csv module can tell rows from line breaks
         return list(csv.DictReader(io.StringIO(text, newline="")))
-    table = json.loads(text)
-    names = {image["id"]: image["file_name"] for image in table.get("images", ())}    # COCO
+    table = json.loads(text)    # COCO's, or a single row
+    names = {image["id"]: image["file_name"] for image in table.get("images", ())}
     rows = table.get("annotations", [table])
     return [{**row, "file_name": names.get(row.get("image_id"), "")} for row in rows]
 
@@ -598,7 +600,7 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
     -> uint8 (batch/world,3,S,S), and text(captions) (b,T) int64, or the list of captions if text
     is None. drop: probability of an empty caption. Bad files are named once; SystemExit lists
     them when they are more than 2 % (of the data; of what was read so far, from 10,000 on), or
-    when 100 are met in one step.
+    100 in a row.
     """
     share = slice(batch * rank // world, batch * (rank + 1) // world)
     positions = (range(step * batch, (step + 1) * batch)[share] for step in range(start, steps))
@@ -608,14 +610,13 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
     known = set()
     for step, (images, captions, bad) in enumerate(loader, 1):
-        met = "".join(bad).splitlines()
-        for line in set(met) - known:
+        for line in set("".join(bad).splitlines()) - known:
             known.add(line)
             tqdm.write(f"skipped a bad picture ({len(known)} so far): {line}")
-        seen = max(step * len(captions), 10_000)
-        if len(met) >= 100 or len(known) > 0.02 * min(len(dataset), seen):
-            lines = "; ".join(sorted(known)[:100])
-            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {lines}")
+        most = 0.02 * min(len(dataset), max(step * len(captions), 10_000))
+        if len(known) > most or max(lines.count("\n") for lines in bad) >= 100:
+            those = "; ".join(sorted(known)[:100])
+            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {those}")
         yield images, text(captions) if text else list(captions)
 
 

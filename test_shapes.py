@@ -817,6 +817,17 @@ def test_many_bad_files_stop_with_the_list(tmp_path, workers, good):
     assert "2 %" in message and message.count("bad") >= 3
 
 
+def test_a_disk_that_is_gone_stops_at_once():
+    class Gone(data.Scenes):
+        names = [f"{i}.png" for i in range(20_000)]
+
+        def sample(self, index, rng):
+            raise OSError("gone")
+
+    message = error(next, data.batches(Gone(size=8, length=20_000), 1, 0, 0, 9))
+    assert message.count("gone") == 100, "one black picture in place of 100 bad files"
+
+
 def test_a_file_that_vanishes_is_a_bad_file(tmp_path):
     pictures = with_bad(tmp_path, 100, 0)
     (tmp_path / pictures.names[5]).unlink()
