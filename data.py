@@ -372,6 +372,8 @@ def _index(path):
 def _rows(name, file):
     """The rows of a caption file, dicts: of a table, with a file_name; of a .txt, its lines."""
     text, ending = _read(file).decode("utf-8-sig", "replace"), splitext(name)[1].lower()
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a Git-LFS pointer in the place of the file: git lfs pull")
     lines = [line for line in text.split("\n") if line.strip()]
     if ending == ".txt":
         return [{"text": line} for line in lines]
@@ -400,7 +402,7 @@ def _listed(names, lists, anywhere=False):
     alike = {base: list(same) for base, same in groupby(sorted(names, key=basename), basename)}
     listed = defaultdict(list)
     for source, file in lists.items():
-        with explain(source, "COCO JSON, or rows with file_name and text; no Git-LFS pointer"):
+        with explain(source, "COCO captions JSON, or rows with file_name and text"):
             for row in _rows(source, file):
                 path = _inside("" if anywhere else dirname(source), row["file_name"])
                 found = [name for name in alike.get(basename(path), ())
@@ -480,9 +482,10 @@ def _folder(name):
 
 
 def open_data(path, captions=None, size=256, crop=tokenizer_crop, split="train", seed=0):
-    """The data of --data and --captions: built-in scenes if both are empty, else Pictures."""
-    scenes = not path and not captions
-    return Scenes(split, size, seed) if scenes else Pictures(path, captions, size, crop, split)
+    """The data of --data and --captions: built-in scenes if path is empty, else Pictures."""
+    if captions and not path:
+        raise SystemExit(f"--captions {captions} needs --data, the folder of its pictures")
+    return Pictures(path, captions, size, crop, split) if path else Scenes(split, size, seed)
 
 
 def save_grid(path, rows, labels=None):
