@@ -9,14 +9,13 @@ share. Axes: B batch, T text tokens, N image tokens, H heads, D width, d head wi
 entries, G grid side.
 """
 
-import functools
-import itertools
 import math
-import os
-import time
 from dataclasses import dataclass, field, replace
+from itertools import product
+from timeit import timeit
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
@@ -89,10 +88,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads = config.heads
-        self.q = nn.Linear(config.width, config.width, bias=False)
-        self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.heads, D = config.heads, config.width
+        self.q, self.kv, self.out = (nn.Linear(D, n * D, bias=False) for n in (1, 2, 1))
 
     def forward(self, x, context, **rule):
         """x (B, Nq, D), context (B, Nk, D) -> (B, Nq, D). rule: see `attention`."""
@@ -106,12 +103,12 @@ class Block(nn.Module):
 
     def __init__(self, config, cross=False):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(config.width), Attention(config)
+        D, M = config.width, config.mlp
+        self.norm1, self.attention = nn.LayerNorm(D), Attention(config)
         if cross:
-            self.norm2, self.cross = nn.LayerNorm(config.width), Attention(config)
-        self.norm3 = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, config.width, bias=False)
+            self.norm2, self.cross = nn.LayerNorm(D), Attention(config)
+        self.norm3 = nn.LayerNorm(D)
+        self.up, self.down = nn.Linear(D, M, bias=False), nn.Linear(M, D, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, text=None, text_lengths=None, **rule):
@@ -184,12 +181,12 @@ class Parti(nn.Module):
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        config = self.config
         words, lengths = self.encoder(text)  # (B, T, D)
+        rule = {"causal": True, "kernel": self.config.kernel, "grid": self.config.grid}
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
-            x = block(x, words, lengths, causal=True, kernel=config.kernel, grid=config.grid)
+            x = block(x, words, lengths, **rule)
         return self.logits(x)
 
     @torch.no_grad()
@@ -385,9 +382,8 @@ def hide(text, vocab, draws):
 def contrastive_loss(text, images, scale):
     """Vectors (B, D) of pairs -> mean of the two cross-entropies (CLIP §2.3) over the global batch:
     every process sees all vectors, and gradients flow back through the gathering."""
-    if torch.distributed.is_initialized():  # backward adds up W equal losses; DDP divides by W
-        world = torch.distributed.group.WORLD
-        text, images = (all_gather_single_autograd(x, 0, world) for x in (text, images))
+    if dist.is_initialized():  # backward adds up W equal losses; DDP divides by W
+        text, images = (all_gather_single_autograd(x, 0, dist.group.WORLD) for x in (text, images))
     logits = scale * text @ images.T  # (B, B)
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
@@ -412,36 +408,32 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, p.grad.float(), self.state[p], group)
+                    self.update(p, p.grad.float(), self.state[p], **group)
 
-    def update(self, p, grad, state, group):
-        beta1, beta2 = group["betas"]
+    def update(self, p, grad, state, lr, betas, weight_decay, clip, **_):
+        """One step of one parameter. No state yet: its averages start at their first value."""
         t = state["step"] = state.get("step", 0) + 1
-        decay = beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)  # 0 at first: the average of g^2
+        fresh = (1 - betas[1]) / (1 - betas[1] ** t)  # 1 at first: then the average of all g^2
         square = grad.square() + 1e-30
         if p.ndim >= 2:  # only the mean of each row and of each column is kept
-            rows = average(state, "rows", square.mean(-1, keepdim=True), decay)
-            columns = average(state, "columns", square.mean(-2, keepdim=True), decay)
+            rows, columns = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
+            rows = state["rows"] = state.get("rows", rows).lerp(rows, fresh)
+            columns = state["columns"] = state.get("columns", columns).lerp(columns, fresh)
             # Two roots: the product of two tiny means would be 0, and the update NaN.
             scale = (rows / rows.mean(-2, keepdim=True)).rsqrt() * columns.rsqrt()
         else:
-            scale = average(state, "square", square, decay).rsqrt()
+            square = state["square"] = state.get("square", square).lerp(square, fresh)
+            scale = square.rsqrt()
         update = grad * scale
-        update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
+        update = update / (update.square().mean().sqrt() / clip).clamp(min=1)
         # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
-        momentum = state["momentum"] = momentum.lerp(update, 1 - beta1)
+        momentum = state["momentum"] = momentum.lerp(update, 1 - betas[0])
         if p.ndim >= 2:
             state["bucket"] = (momentum.abs().amax(0, keepdim=True) / 127).clamp(min=1e-30)
             state["momentum"] = (momentum / state["bucket"]).round().to(torch.int8)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(momentum.to(p.dtype), alpha=-group["lr"])
-
-
-def average(state, name, value, decay):
-    """Running mean state[name] = decay * state[name] + (1 - decay) * value; decay 0 starts it."""
-    state[name] = value if name not in state else state[name].lerp(value, 1 - decay)
-    return state[name]
+        p.mul_(1 - lr * weight_decay)
+        p.add_(momentum.to(p.dtype), alpha=-lr)
 
 
 # --- initial values ------------------------------------------------------------------------------
@@ -450,18 +442,18 @@ def average(state, name, value, decay):
 def initialise(model):
     """Every initial value of a prior or a dual encoder; the papers are silent on them."""
     for name, p in model.named_parameters():
-        token = name in ("embed.weight", "encoder.embed.weight")  # a table, not a linear map
-        if token or name.endswith(("positions", "start", "rows", "columns")):
+        loud = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
+        if loud and name != "image.embed.weight":  # that is a linear map, not a table
             nn.init.normal_(p)  # as loud as what attention adds, else words drown in early mixing
         elif name == "head.weight":
             nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K
         elif p.ndim == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the variance of unit-scale inputs
-    for stack in (model.encoder.blocks, getattr(model, "blocks", [])):
-        for block in stack:  # GPT-2: the sum over all residual branches keeps the variance. The
-            # cross-attention is left as loud as it is: pictures must not outshout the text.
-            for output in (block.attention.out, block.down):
-                output.weight.data.mul_((2 * len(stack)) ** -0.5)
+        # GPT-2: the sum over all residual branches keeps the variance. Cross-attention is left as
+        # loud as it is: pictures must not outshout the text.
+        if name.endswith(("attention.out.weight", "down.weight")):
+            stack = model.encoder if name.startswith("encoder") else model
+            p.data.mul_((2 * len(stack.blocks)) ** -0.5)
 
 
 # --- which key a query sees ----------------------------------------------------------------------
@@ -505,7 +497,6 @@ def tile_range(start, size, step, end, behind, ahead):
     return first, min(start + size + ahead, end)
 
 
-@functools.cache
 def conv_offsets(kernel, grid):
     """The values of i - j that the conv-shaped mask allows, ascending: {0, 1, 3, 4, 5} for a 3 x 3
     kernel on a 4 x 4 grid, 61 values up to 165 for 11 x 11 on 32 x 32."""
@@ -517,12 +508,12 @@ def conv_offsets(kernel, grid):
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
-# MASK is (causal, kernel, grid); Q, K, V ... are pointers, each with the strides of its four axes.
+# Programs are numbered (tile, head, picture). RULE is (causal, kernel, grid). Q, K, V and the like,
+# also LSE and DELTA of width 1, are tuples: pointer, number of rows, strides of the four axes.
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
-    LOG2E = tl.constexpr(1.4426950408889634)
-    INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+    INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
     @triton.jit
     def _dot(a, b):
@@ -532,34 +523,31 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _at(x, heads, rows, D: tl.constexpr):
-        """Pointers to these rows of this program's head: (rows, D)."""
-        b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, D)[None, :] * x[4]
+    def _at(x, rows, columns):
+        """Pointers to these numbers of this program's head."""
+        head = tl.program_id(2).to(tl.int64) * x[2] + tl.program_id(1) * x[3]
+        return x[0] + head + rows * x[4] + columns * x[5]
 
     @triton.jit
-    def _load(x, heads, rows, n, D: tl.constexpr):
-        return tl.load(_at(x, heads, rows, D), mask=rows[:, None] < n, other=0.0)
+    def _load(x, rows, end, D: tl.constexpr):
+        """A tile (rows, D); zeros from the row `end` on."""
+        return tl.load(_at(x, rows[:, None], tl.arange(0, D)), mask=rows[:, None] < end, other=0.0)
 
     @triton.jit
-    def _store(x, heads, rows, n, value, D: tl.constexpr):
-        tl.store(_at(x, heads, rows, D), value.to(x[0].dtype.element_ty), mask=rows[:, None] < n)
-
-    @triton.jit
-    def _scores(q, k, i, j, length, MASK: tl.constexpr):
+    def _scores(q, k, i, j, length, RULE: tl.constexpr):
         """S in units of log 2, -inf where `allowed` says no; unsigned: a cheaper remainder."""
-        s = _dot(q, tl.trans(k)) * (LOG2E * q.shape[1] ** -0.5)
-        i, j, length = i.to(tl.uint32), j.to(tl.uint32), length.to(tl.uint32)
-        return tl.where(_allowed(i, j, length, MASK[0], MASK[1], MASK[2]), s, float("-inf"))
+        s = _dot(q, tl.trans(k)) * (1.4426950408889634 * q.shape[1] ** -0.5)
+        seen = _allowed(i.to(tl.uint32), j.to(tl.uint32), length, *RULE)
+        return tl.where(seen, s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, heads, n, m, behind, ahead, MASK: tl.constexpr,
-                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, behind, ahead, RULE: tl.constexpr, D: tl.constexpr,
+                 OWN: tl.constexpr, STEP: tl.constexpr):
         """O and the log-sum-exp of one tile of queries."""
-        length = tl.load(LENGTHS + tl.program_id(1) // heads).to(tl.int32)
+        n, length = Q[1], tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
         start = tl.program_id(0) * OWN
         i = start + tl.arange(0, OWN)
-        q = _load(Q, heads, i, n, D)
+        q = _load(Q, i, n, D)
         # A finite floor for the maximum, not -inf: a row that sees no key then ends with l = 0.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
         total = tl.zeros([OWN], tl.float32)  # l, running sum of exp(S - top)
@@ -567,8 +555,8 @@ if triton is not None:
         first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
         for j0 in range(first, last, STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, heads, j, m, D), _load(V, heads, j, m, D)
-            s = _scores(q, k, i[:, None], j[None, :], length, MASK)
+            k, v = _load(K, j, length, D), _load(V, j, length, D)
+            s = _scores(q, k, i[:, None], j[None, :], length, RULE)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
             shrink = tl.exp2(top - new)  # what was summed so far was relative to the old maximum
@@ -576,84 +564,73 @@ if triton is not None:
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
         total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        _store(OUT, heads, i, n, acc / total[:, None], D)
-        tl.store(LSE + tl.program_id(1) * n + i, top + tl.log2(total), mask=i < n)
+        tl.store(_at(LSE, i, 0), top + tl.log2(total), mask=i < n)
+        tl.store(_at(OUT, i[:, None], tl.arange(0, D)), acc / total[:, None], mask=i[:, None] < n)
 
     @triton.jit
-    def _backward(X, GX, Y, GY, DX, DGX, LSE, DELTA, LENGTHS, heads, n, m, behind, ahead,
-                  MASK: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-                  KEYS: tl.constexpr):  # fmt: skip
+    def _backward(X, GX, Y, GY, DX, DGX, LSE, DELTA, LENGTHS, behind, ahead, RULE: tl.constexpr,
+                  D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr):
         """Gradients of one tile, over the tiles of the other side that see it or that it sees.
 
         Of queries (X, GX = Q, dO and Y, GY = K, V): DX = dQ = dS K / sqrt(d). Of KEYS (X, GX = K, V
         and Y, GY = Q, dO): DX = dK = dS^T Q / sqrt(d) and DGX = dV = P^T dO. Both compute again
         P = exp(S - lse), dP = dO V^T and dS = P * (dP - delta), here transposed for keys."""
-        length = tl.load(LENGTHS + tl.program_id(1) // heads).to(tl.int32)
-        LSE, DELTA = LSE + tl.program_id(1) * n, DELTA + tl.program_id(1) * n
+        length = tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
         start = tl.program_id(0) * OWN
         own = start + tl.arange(0, OWN)
-        if KEYS:  # queries see `behind` keys back, so keys are seen that far ahead; padding is not
-            rows, others, end, behind, ahead = m, n, tl.where(start < length, n, 0), ahead, behind
-        else:
-            rows, others, end = n, m, length
-        x, gx = _load(X, heads, own, rows, D), _load(GX, heads, own, rows, D)
+        x, gx = _load(X, own, X[1], D), _load(GX, own, X[1], D)
         dx, dgx = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
+        # Keys are seen from as far ahead as queries see behind; padding is seen from nowhere.
+        behind, ahead = (ahead, behind) if KEYS else (behind, ahead)
+        end = tl.where(start < length, LSE[1], 0) if KEYS else length
         first, last = _tile_range(start, OWN, STEP, end, behind, ahead)
         for y0 in range(first, last, STEP):
             other = y0 + tl.arange(0, STEP)
-            y, gy = _load(Y, heads, other, others, D), _load(GY, heads, other, others, D)
-            if KEYS:
-                i, j = other[None, :], own[:, None]
-            else:
-                i, j = own[:, None], other[None, :]
-            lse = tl.load(LSE + i, mask=i < n, other=0.0)
-            delta = tl.load(DELTA + i, mask=i < n, other=0.0)
-            p = tl.exp2(_scores(x, y, i, j, length, MASK) - lse)
+            y, gy = _load(Y, other, Y[1], D), _load(GY, other, Y[1], D)
+            i, j = (other[None, :], own[:, None]) if KEYS else (own[:, None], other[None, :])
+            lse = tl.load(_at(LSE, i, 0), mask=i < LSE[1], other=0.0)
+            delta = tl.load(_at(DELTA, i, 0), mask=i < LSE[1], other=0.0)
+            p = tl.exp2(_scores(x, y, i, j, length, RULE) - lse)
             ds = p * (_dot(gx, tl.trans(gy)) - delta)
             dx += _dot(ds.to(y.dtype), y)
             if KEYS:
                 dgx += _dot(p.to(y.dtype), gy)
-        _store(DX, heads, own, rows, dx * D**-0.5, D)
+        tl.store(_at(DX, own[:, None], tl.arange(0, D)), dx * D**-0.5, mask=own[:, None] < X[1])
         if KEYS:
-            _store(DGX, heads, own, rows, dgx, D)
+            tl.store(_at(DGX, own[:, None], tl.arange(0, D)), dgx, mask=own[:, None] < X[1])
+
+
+def launch(kernel, own, step, rule, lengths, *tensors, **more):
+    """Run a kernel on every tile of `own` rows of the first tensor, (B, H, rows, d)."""
+    (B, H, rows, d), size = tensors[0].shape, tensors[0].element_size()
+    own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
+    warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
+    tensors = [(x, x.shape[2], *x.stride()) for x in tensors]
+    kernel[triton.cdiv(rows, own), H, B](*tensors, lengths, *span(*rule, 2**30), rule, d, own, step,
+                                         num_warps=warps, num_stages=stages, **more)
 
 
 class Fused(torch.autograd.Function):
     """The kernels above as one differentiable function; see `attention` for the arguments."""
 
     @staticmethod
-    def launch(run, rows, matrices, others, mask, lengths, n, m, own, step, **more):
-        """Run a kernel on every tile of `own` rows of every head."""
-        (B, H, _, d), size = matrices[0].shape, matrices[0].element_size()
-        own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
-        warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
-        matrices = [(x, *x.stride()) for x in matrices]
-        run[(triton.cdiv(rows, own), B * H)](
-            *matrices, *others, lengths, H, n, m, *span(*mask, n + m), mask, d, own, step,
-            num_warps=warps, num_stages=stages, **more)  # fmt: skip
-
-    @staticmethod
-    def forward(ctx, q, k, v, lengths, *mask):
-        n, m = q.shape[2], k.shape[2]
-        whole = torch.full(q.shape[:1], m, device=q.device)
-        lengths = whole if lengths is None else lengths.clamp(max=m)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        own = 64 if mask[1] else 128  # a narrow tile follows the band of the mask more closely
-        Fused.launch(_forward, n, (q, k, v, out), (lse,), mask, lengths, n, m, own, 64)
+    def forward(ctx, q, k, v, lengths, *rule):
+        out, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
+        own = 64 if rule[1] else 128  # a narrow tile follows the band of the mask more closely
+        launch(_forward, own, 64, rule, lengths, q, k, v, out, lse)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
-        ctx.mask = mask
+        ctx.rule = rule
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, lengths = ctx.saved_tensors
-        n, m = q.shape[2], k.shape[2]
-        # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
-        others = lse, (grad.float() * out.float()).sum(-1)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        more = ctx.mask, lengths, n, m, 64, 32
-        Fused.launch(_backward, n, (q, grad, k, v, dq, dq), others, *more, KEYS=False)
-        Fused.launch(_backward, m, (k, v, q, grad, dk, dv), others, *more, KEYS=True)
+        # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        how = _backward, 64, 32, ctx.rule, lengths
+        launch(*how, q, grad, k, v, dq, dq, lse, delta, KEYS=False)
+        launch(*how, k, v, q, grad, dk, dv, lse, delta, KEYS=True)
         return dq, dk, dv, None, None, None, None
 
 
@@ -662,27 +639,19 @@ class Fused(torch.autograd.Function):
 BLOCK = 64  # queries that share one window of keys under the sparse mask; the fastest measured
 
 
-def by_blocks(q, k, v, lengths, *mask):
-    """The same with torch. The sparse mask without N x N work: each block of queries attends to the
-    window of keys it can reach, through one small mask, since the rule depends on i - j alone. Any
-    other mask is that of a single block."""
-    (n, m), out = (q.shape[2], k.shape[2]), []
-    local = mask[1] > 0 and n == m and lengths is None
-    length = m if lengths is None else lengths[:, None, None, None]
-    size = BLOCK if local else max(n, m)
-    before = -(-span(*mask, 0)[0] // size) if local else 0  # blocks before its own that one sees
-    j = torch.arange((before + 1) * size, device=q.device)
-    seen = allowed(j[before * size :, None], j, math.inf if local else length, *mask)
-    # A softmax over nothing is NaN, in the gradient too: such rows see all, then give 0.
-    empty = ~seen.any(-1, keepdim=True)
-    queries, keys, values = (x.split(size, dim=2) for x in (q, k, v))
+def by_blocks(q, k, v, kernel, grid):
+    """The sparse mask with torch, without N x N work: each block of queries attends to the window
+    of keys it can reach, its own block the last, through one small mask: the rule depends on i - j
+    alone."""
+    before = -(-span(True, kernel, grid, 0)[0] // BLOCK)  # blocks before its own that one sees
+    window = torch.arange((before + 1) * BLOCK, device=q.device)
+    seen = allowed(window[-BLOCK:, None], window, len(window), True, kernel, grid)
+    (queries, keys, values), out = (x.split(BLOCK, dim=2) for x in (q, k, v)), []
     for b, rows in enumerate(queries):
-        first = max(b - before, 0)
-        near, content = (torch.cat(x[first : b + 1], dim=2) for x in (keys, values))
-        start = (before - b + first) * size  # the first windows are cut by the picture's start
-        see = (seen | empty)[..., : rows.shape[2], start : start + near.shape[2]]
+        near, content = (torch.cat(x[max(b - before, 0) : b + 1], dim=2) for x in (keys, values))
+        see = seen[-rows.shape[2] :, -near.shape[2] :]  # smaller at the picture's start and end
         out.append(F.scaled_dot_product_attention(rows, near, content, attn_mask=see))
-    return torch.cat(out, dim=2) if local else out[0].masked_fill(empty[..., :n, :], 0)
+    return torch.cat(out, dim=2)
 
 
 # --- the door ------------------------------------------------------------------------------------
@@ -712,10 +681,18 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
-    if not fused and not kernel and lengths is None:
+    (n, m), rule = (q.shape[2], k.shape[2]), (causal or kernel > 0, kernel, grid)
+    if not fused and lengths is None and not kernel:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    path = Fused.apply if fused else by_blocks
-    return path(q, k, v, lengths, causal or kernel > 0, kernel, grid)
+    if not fused and lengths is None and n == m:
+        return by_blocks(q, k, v, kernel, grid)
+    whole = torch.full(q.shape[:1], m, device=q.device)
+    lengths = whole if lengths is None else lengths.clamp(max=m)
+    if fused:
+        return Fused.apply(q, k, v, lengths, *rule)
+    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)
+    seen = allowed(i, j, lengths[:, None, None, None], *rule)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 # --- files and walk-through ----------------------------------------------------------------------
@@ -744,15 +721,15 @@ def memory(config, batch, shards=1):
     # The bfloat16 copies that autocast makes; under FSDP, too, they stay whole.
     copies = sum(2 * p.numel() for name, p in named.items() if "blocks" in name and p.ndim > 1)
     # Bytes of a token: 4 a number for what a norm receives, which is float32, 2 for all else.
-    D, N, T = config.width, config.tokens, config.text_length
+    D = config.width
     mix = (4 + 2 + 2 + 4 + 2) * D  # norm, its output, q, attention's output in two layouts, dropout
     pair = (2 + 4) * D  # what keys and values come from, and they
     block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp  # MLP: GELU's input, dropout,
-    encoder = config.encoder_layers * T * block                      # output are mlp wide
-    decoder = config.decoder_layers * (N * (block + mix) + T * pair)
-    ends = N * ((4 + 4 + 4) * D + 4 * config.codes)  # dropout, norm and head; log-probabilities
-    return {"weights": 4 * count // shards, "gradients": 4 * count // shards, "optimizer":
-            moments // shards, "activations": copies + batch * (encoder + decoder + ends)}
+    word = config.encoder_layers * block + config.decoder_layers * pair  # output are mlp wide
+    code = config.decoder_layers * (block + mix) + (4 + 4 + 4) * D + 4 * config.codes  # the ends:
+    tokens = config.text_length * word + config.tokens * code  # dropout, norm, head; probabilities
+    return {"weights": 4 * count // shards, "gradients": 4 * count // shards,
+            "optimizer": moments // shards, "activations": copies + batch * tokens}
 
 
 def seconds(work, least=0.3):
@@ -765,17 +742,17 @@ def walk_through():
     """Every step on a tiny example, and parameter counts against Parti's Table 1."""
     model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
     text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
-    steps = (("text", text), ("encoded text", model.encoder(text)[0]), ("image tokens", tokens),
-             ("logits", model(text, tokens)), ("sampled", model.generate(text, guidance=1.2)))
-    for name, value in steps:
+    steps = {"text": text, "encoded text": model.encoder(text)[0], "image tokens": tokens,
+             "logits": model(text, tokens), "sampled": model.generate(text, guidance=1.2)}
+    for name, value in steps.items():
         print(f"{name:25}{tuple(value.shape)}")
     print("\nParameters: blocks (Parti Table 1), all. GB to train with 8 pictures a process:"
           "\nactivations alone; in all with nothing sharded (DDP), sharded over 8, over 64 (FSDP)")
-    for name, config in list(PRESETS.items())[1:]:
+    for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
-            named = Parti(config).named_parameters()
-        blocks = sum(p.numel() for n, p in named if "blocks" in n and p.ndim == 2)
-        needs = [memory(config, 8, shards) for shards in (1, 8, 64)]
+            model = Parti(PRESETS[name])
+        blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
+        needs = [memory(model.config, 8, shards) for shards in (1, 8, 64)]
         gigabytes = needs[0]["activations"], *(sum(need.values()) for need in needs)
         print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}",
               *(f"{x / 1e9:9.1f}" for x in gigabytes))
@@ -784,24 +761,24 @@ def walk_through():
 def benchmark(device):
     """Attention, training and sampling on this machine, against what the machine can do."""
     cuda, rates = device == "cuda", {}
-    a, big = torch.randn(2_048, 2_048, device=device), torch.ones(2**26, device=device)
     fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     for dtype in (torch.float32, torch.bfloat16)[: 1 + fast]:
-        b = a.to(dtype)
-        rates[dtype] = 2 * 2_048**3 / seconds(lambda: b @ b)
+        a = torch.randn(2_048, 2_048, device=device, dtype=dtype)
+        rates[dtype] = 2 * 2_048**3 / seconds(lambda: a @ a)
         print(f"{device}, matmul {dtype}: {rates[dtype] / 1e9:,.0f} GFLOP/s")
+    big = torch.ones(2**26, device=device)
     bandwidth = big.nbytes / seconds(big.sum)
     print(f"reading memory: {bandwidth / 1e9:,.1f} GB/s, {torch.get_num_threads()} threads")
 
     print("\nattention, ms, (B, H, N, d) = (2, 8, N, 64)         forward   forward + backward")
     rules = {"dense": {}, "causal": {"causal": True}, "sparse": {"kernel": 11}}
-    table = itertools.product((16, 32, 64)[: 2 + cuda], rules.items(), (False, True)[: 1 + cuda])
-    for grid, (name, rule), fused in table:
+    paths = ("torch", "hand-written")[: 1 + cuda]
+    for grid, name, path in product((16, 32, 64)[: 2 + cuda], rules, paths):
         q, k, v = torch.randn(3, 2, 8, grid**2, 64, device=device, dtype=dtype).requires_grad_()
-        run = functools.partial(attention, q, k, v, grid=grid, fused=fused, **rule)
-        kind, both = "hand-written" if fused else "torch", seconds(lambda: run().sum().backward())
-        with torch.no_grad():
-            print(f"  N {grid**2:5}  {name:8}{kind:14}{seconds(run) * 1e3:25.2f}{both * 1e3:20.2f}")
+        how = rules[name] | {"grid": grid, "fused": path != "torch"}
+        forward = seconds(torch.no_grad()(lambda: attention(q, k, v, **how)))
+        both = seconds(lambda: attention(q, k, v, **how).sum().backward())
+        print(f"  N {grid**2:5}  {name:8}{path:14}{forward * 1e3:25.2f}{both * 1e3:20.2f}")
 
     print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes, guidance")
     config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
@@ -824,15 +801,15 @@ def benchmark(device):
               f"{counter.get_total_flops() / spent / rates[dtype]:.0%} of the matmul rate")
         for batch, grid in ((1, 16), (1, 32), (16, 16)):
             model = Parti(replace(config, grid=grid)).to(device).eval()
-            start = time.perf_counter()
-            with cast, torch.no_grad():
-                n = model.generate(text[:batch], guidance=1.2).numel()
-                spent = (time.perf_counter() - start) / n  # a token
-                layers = CachedDecoder(model, text[:batch].repeat(2, 1)).layers
-            read = sum(x.nbytes for _, maps, *caches in layers for x in (*maps, *caches))
-            limit = (read + model.head.weight.nbytes) / bandwidth / batch
-            print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {1 / spent:6,.0f} "
-                  f"tokens/s, {spent * batch * 1e3:.1f} ms a step, {limit / spent:.0%} of memory")
+            with cast:
+                taken = timeit(lambda: model.generate(text[:batch], guidance=1.2).cpu(), number=1)
+            spent = taken / grid**2  # one step: a token of each picture
+            # A step reads all maps but that of the text, and keys and values of two streams.
+            kept = 64 + min(grid**2, span(True, config.kernel, grid, 0)[0] + 1)  # words, picture
+            read = 8 * (14 * 512**2 + 2 * 2 * batch * kept * 512) * dtype.itemsize
+            share = (read + model.head.weight.nbytes) / bandwidth / spent
+            print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {batch / spent:6,.0f} "
+                  f"tokens/s, {spent * 1e3:.1f} ms a step, {share:.0%} of memory")
 
 
 if __name__ == "__main__":
