@@ -15,9 +15,8 @@ from itertools import product
 from timeit import timeit
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed as dist, nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,19 +169,18 @@ class Parti(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(self.norm(x.float()), self.head.weight.float())
 
-    @torch.no_grad()
-    def start_from(self, codes, seed=0):
+    def start_from(self, codes):
         """Set the image embeddings and the output map to random projections of the tokenizer's
         codes (K, code_dim), so that codes that look alike start alike. Our addition."""
-        mix = torch.randn(2, codes.shape[1], self.config.width,
-                          generator=torch.Generator().manual_seed(seed))
-        self.embed.weight.copy_(codes @ mix[0])
-        self.head.weight.copy_(codes @ mix[1] * self.config.width**-0.5)
+        seed = torch.Generator().manual_seed(0)
+        mix = torch.randn(2, codes.shape[1], self.config.width, generator=seed)
+        self.embed.weight.data.copy_(codes @ mix[0])
+        self.head.weight.data.copy_(codes @ mix[1] * self.config.width**-0.5)
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        words, lengths = self.encoder(text)  # (B, T, D)
         rule = {"causal": True, "kernel": self.config.kernel, "grid": self.config.grid}
+        words, lengths = self.encoder(text)  # (B, T, D)
         x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
         x = self.drop(x + self.positions())  # (B, N, D)
         for block in self.blocks:
@@ -341,9 +339,9 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = TextEncoder(config)
-        vit = VQGANConfig(image_size, patch, config.width, config.encoder_layers, config.heads,
-                          config.mlp)  # fmt: skip
-        self.image = Tower(vit, 3 * patch**2, config.width, *vit.sizes())
+        sizes = config.width, config.encoder_layers, config.heads, config.mlp
+        vit = VQGANConfig(image_size, patch, *sizes)
+        self.image = Tower(vit, 3 * patch**2, config.width, *sizes)
         self.text = nn.Linear(config.width, config.width, bias=False)  # into the common space
         self.head = nn.Linear(config.width, config.text_vocab, bias=False)  # hidden tokens
         self.scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # log 1/temperature: CLIP
@@ -420,11 +418,10 @@ class Adafactor(torch.optim.Optimizer):
             rows = state["rows"] = state.get("rows", rows).lerp(rows, fresh)
             columns = state["columns"] = state.get("columns", columns).lerp(columns, fresh)
             # Two roots: the product of two tiny means would be 0, and the update NaN.
-            scale = (rows / rows.mean(-2, keepdim=True)).rsqrt() * columns.rsqrt()
+            update = grad * ((rows / rows.mean(-2, keepdim=True)).rsqrt() * columns.rsqrt())
         else:
             square = state["square"] = state.get("square", square).lerp(square, fresh)
-            scale = square.rsqrt()
-        update = grad * scale
+            update = grad * square.rsqrt()
         update = update / (update.square().mean().sqrt() / clip).clamp(min=1)
         # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
@@ -432,8 +429,7 @@ class Adafactor(torch.optim.Optimizer):
         if p.ndim >= 2:
             state["bucket"] = (momentum.abs().amax(0, keepdim=True) / 127).clamp(min=1e-30)
             state["momentum"] = (momentum / state["bucket"]).round().to(torch.int8)
-        p.mul_(1 - lr * weight_decay)
-        p.add_(momentum.to(p.dtype), alpha=-lr)
+        p.mul_(1 - lr * weight_decay).add_(momentum, alpha=-lr)
 
 
 # --- initial values ------------------------------------------------------------------------------
@@ -442,13 +438,13 @@ class Adafactor(torch.optim.Optimizer):
 def initialise(model):
     """Every initial value of a prior or a dual encoder; the papers are silent on them."""
     for name, p in model.named_parameters():
-        loud = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
-        if loud and name != "image.embed.weight":  # that is a linear map, not a table
-            nn.init.normal_(p)  # as loud as what attention adds, else words drown in early mixing
-        elif name == "head.weight":
+        table = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
+        table = table and name != "image.embed.weight"  # that is a linear map
+        if name == "head.weight":
             nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the variance of unit-scale inputs
+        elif table or p.ndim == 2:  # tables as loud as what attention adds, else words drown in
+            # early mixing; linear maps so that they keep the variance of unit-scale inputs
+            nn.init.normal_(p, std=1 if table else p.shape[1] ** -0.5)
         # GPT-2: the sum over all residual branches keeps the variance. Cross-attention is left as
         # loud as it is: pictures must not outshout the text.
         if name.endswith(("attention.out.weight", "down.weight")):
@@ -500,8 +496,7 @@ def tile_range(start, size, step, end, behind, ahead):
 def conv_offsets(kernel, grid):
     """The values of i - j that the conv-shaped mask allows, ascending: {0, 1, 3, 4, 5} for a 3 x 3
     kernel on a 4 x 4 grid, 61 values up to 165 for 11 x 11 on 32 x 32."""
-    behind, _ = span(True, kernel, grid, 0)
-    return [o for o in range(behind + 1) if allowed(o, 0, 1, True, kernel, grid)]
+    return [o for o in range(kernel * grid) if allowed(o, 0, 1, True, kernel, grid)]
 
 
 # --- the hand-written path: flash attention in Triton --------------------------------------------
@@ -616,8 +611,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, *rule):
         out, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
-        own = 64 if rule[1] else 128  # a narrow tile follows the band of the mask more closely
-        launch(_forward, own, 64, rule, lengths, q, k, v, out, lse)
+        # A narrow tile follows the band of the mask more closely.
+        launch(_forward, 64 if rule[1] else 128, 64, rule, lengths, q, k, v, out, lse)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
         ctx.rule = rule
         return out
@@ -628,9 +623,8 @@ class Fused(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        how = _backward, 64, 32, ctx.rule, lengths
-        launch(*how, q, grad, k, v, dq, dq, lse, delta, KEYS=False)
-        launch(*how, k, v, q, grad, dk, dv, lse, delta, KEYS=True)
+        launch(_backward, 64, 32, ctx.rule, lengths, q, grad, k, v, dq, dq, lse, delta, KEYS=False)
+        launch(_backward, 64, 32, ctx.rule, lengths, k, v, q, grad, dk, dv, lse, delta, KEYS=True)
         return dq, dk, dv, None, None, None, None
 
 
@@ -732,10 +726,10 @@ def memory(config, batch, shards=1):
             "optimizer": moments // shards, "activations": copies + batch * tokens}
 
 
-def seconds(work, least=0.3):
-    """The shortest time of one call of work(), over at least so many seconds."""
+def seconds(work):
+    """The shortest time of one call of work(), over at least 0.3 of them."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=least).times)
+    return min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
 def walk_through():
@@ -786,13 +780,12 @@ def benchmark(device):
     text = torch.randint(4, 1_000, (16, 64), device=device)
     tokens = torch.randint(config.codes, (8, 256), device=device)
     for dtype in rates:
-        model = Parti(config).to(device)
         cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+        network = cast(Parti(config).to(device))
 
         def step():
-            with cast:
-                logits = model(text[:8], tokens)
-            F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+            logits = network(text[:8], tokens).flatten(0, 1)
+            F.cross_entropy(logits, tokens.flatten()).backward()
 
         with FlopCounterMode(display=False) as counter:
             step()
@@ -800,14 +793,13 @@ def benchmark(device):
         print(f"{dtype}, training, batch 8: {tokens.numel() / spent:,.0f} tokens/s, "
               f"{counter.get_total_flops() / spent / rates[dtype]:.0%} of the matmul rate")
         for batch, grid in ((1, 16), (1, 32), (16, 16)):
-            model = Parti(replace(config, grid=grid)).to(device).eval()
-            with cast:
-                taken = timeit(lambda: model.generate(text[:batch], guidance=1.2).cpu(), number=1)
+            sample = cast(Parti(replace(config, grid=grid)).to(device).eval().generate)
+            taken = timeit(lambda: sample(text[:batch], guidance=1.2).cpu(), number=1)
             spent = taken / grid**2  # one step: a token of each picture
-            # A step reads all maps but that of the text, and keys and values of two streams.
+            # A step reads all maps but that of the text, keys and values of two streams, the head.
             kept = 64 + min(grid**2, span(True, config.kernel, grid, 0)[0] + 1)  # words, picture
-            read = 8 * (14 * 512**2 + 2 * 2 * batch * kept * 512) * dtype.itemsize
-            share = (read + model.head.weight.nbytes) / bandwidth / spent
+            blocks = 8 * (14 * 512**2 + 2 * 2 * batch * kept * 512) * dtype.itemsize
+            share = (blocks + 8_192 * 512 * 4) / bandwidth / spent
             print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {batch / spent:6,.0f} "
                   f"tokens/s, {spent * 1e3:.1f} ms a step, {share:.0%} of memory")
 
