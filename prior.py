@@ -440,10 +440,11 @@ def initialise(model):
     for name, p in model.named_parameters():
         table = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
         table = table and name != "image.embed.weight"  # that is a linear map
+        # Linear maps keep the variance of unit-scale inputs. Tables are as loud as what attention
+        # adds, else words drown in early mixing.
         if name == "head.weight":
             nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K
-        elif table or p.ndim == 2:  # tables as loud as what attention adds, else words drown in
-            # early mixing; linear maps so that they keep the variance of unit-scale inputs
+        elif table or p.ndim == 2:
             nn.init.normal_(p, std=1 if table else p.shape[1] ** -0.5)
         # GPT-2: the sum over all residual branches keeps the variance. Cross-attention is left as
         # loud as it is: pictures must not outshout the text.
@@ -453,7 +454,7 @@ def initialise(model):
 
 
 # --- which key a query sees ----------------------------------------------------------------------
-# The two functions below are plain arithmetic on purpose: the same lines run on Python integers, on
+# The functions below are plain arithmetic on purpose: the same lines run on Python integers, on
 # torch tensors (masks) and, compiled by Triton, inside every kernel, so that no two can disagree.
 
 
@@ -685,7 +686,7 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     if fused:
         return Fused.apply(q, k, v, lengths, *rule)
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)
-    seen = allowed(i, j, lengths[:, None, None, None], *rule)
+    seen = allowed(i, j, lengths[:, None, None, None], *rule)  # torch, too, gives 0 for no key
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
@@ -716,18 +717,21 @@ def memory(config, batch, shards=1):
     copies = sum(2 * p.numel() for name, p in named.items() if "blocks" in name and p.ndim > 1)
     # Bytes of a token: 4 a number for what a norm receives, which is float32, 2 for all else.
     D = config.width
-    mix = (4 + 2 + 2 + 4 + 2) * D  # norm, its output, q, attention's output in two layouts, dropout
+    # Around an attention: norm, its output, q, attention's output in two layouts, dropout.
+    mix = (4 + 2 + 2 + 4 + 2) * D
     pair = (2 + 4) * D  # what keys and values come from, and they
-    block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp  # MLP: GELU's input, dropout,
-    word = config.encoder_layers * block + config.decoder_layers * pair  # output are mlp wide
-    code = config.decoder_layers * (block + mix) + (4 + 4 + 4) * D + 4 * config.codes  # the ends:
-    tokens = config.text_length * word + config.tokens * code  # dropout, norm, head; probabilities
+    # The MLP: norm, its output, dropout; GELU's input, dropout and its output are mlp wide.
+    block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp
+    word = config.encoder_layers * block + config.decoder_layers * pair
+    # After the blocks come dropout, norm and head, and log-probabilities.
+    code = config.decoder_layers * (block + mix) + (4 + 4 + 4) * D + 4 * config.codes
+    tokens = config.text_length * word + config.tokens * code
     return {"weights": 4 * count // shards, "gradients": 4 * count // shards,
             "optimizer": moments // shards, "activations": copies + batch * tokens}
 
 
 def seconds(work):
-    """The shortest time of one call of work(), over at least 0.3 of them."""
+    """The shortest time of one call of work(), called for at least 0.3 seconds."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=0.3).times)
 
@@ -784,8 +788,7 @@ def benchmark(device):
         network = cast(Parti(config).to(device))
 
         def step():
-            logits = network(text[:8], tokens).flatten(0, 1)
-            F.cross_entropy(logits, tokens.flatten()).backward()
+            F.cross_entropy(network(text[:8], tokens).flatten(0, 1), tokens.flatten()).backward()
 
         with FlopCounterMode(display=False) as counter:
             step()
