@@ -751,9 +751,8 @@ def walk_through():
             model = Parti(PRESETS[name])
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
         needs = [memory(model.config, 8, shards) for shards in (1, 8, 64)]
-        gigabytes = needs[0]["activations"], *(sum(need.values()) for need in needs)
-        print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}",
-              *(f"{x / 1e9:9.1f}" for x in gigabytes))
+        GB = needs[0]["activations"] / 1e9, *(sum(need.values()) / 1e9 for need in needs)
+        print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}", *map("{:9.1f}".format, GB))
 
 
 def benchmark(device):
@@ -785,7 +784,7 @@ def benchmark(device):
     tokens = torch.randint(config.codes, (8, 256), device=device)
     for dtype in rates:
         cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-        network = cast(Parti(config).to(device))
+        network = cast(Parti(config).to(device).forward)
 
         def step():
             F.cross_entropy(network(text[:8], tokens).flatten(0, 1), tokens.flatten()).backward()
