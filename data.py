@@ -26,8 +26,11 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
@@ -678,13 +681,16 @@ class Recipe:
         return self.lr * (self.final + (1 - self.final) * left)
 
 
-def parse(description, options, presets=None, recipes=None, large="", argv=None):
-    """Command line -> (options, config, recipe), each a dataclass; one option per field.
+NONE = {"tiny": dataclasses.make_dataclass("Nothing", ())()}    # presets of what has no sizes
+
+
+def parse(description, options, presets=NONE, recipes=NONE, large="tiny", argv=None, derived=()):
+    """Command line -> [options, config, recipe], each a dataclass; one option per field.
 
     options: dataclass with defaults, holding at least `data` and `preset` if there are presets.
     presets, recipes: {name: dataclass} with "tiny" among the names; `large` names the preset
-    that --data brings. What is given explicitly overrides the preset. Raises SystemExit with one
-    line, also for numbers below 0 and sizes below 1, see `option`.
+    that --data brings. derived: fields that are no options. What is given explicitly overrides
+    the preset. Raises SystemExit with one line, also for numbers out of range, see `option`.
     """
     def fail(message):
         raise SystemExit(f"{message}; --help lists the options")
@@ -693,9 +699,9 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="In brackets: the default, or that of preset tiny.")
     parser.error = fail
-    parts = [presets["tiny"], recipes["tiny"], options] if presets else [options]
     fields = {field.name: (getattr(part, field.name), field.metadata)
-              for part in parts for field in dataclasses.fields(part)}
+              for part in (presets["tiny"], recipes["tiny"], options)
+              for field in dataclasses.fields(part) if field.name not in derived}
     for name, (default, more) in fields.items():
         flag, how = "--" + name.replace("_", "-"), {"type": type(default)}
         if isinstance(default, bool):
@@ -712,16 +718,10 @@ def parse(description, options, presets=None, recipes=None, large="", argv=None)
         most = more.get("most", 10**12)    # torch's seeds are 64 bits, and ours a million seeds
         if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: expected a number from {least} to {most}")
-
-    def override(part):
-        own = {field.name for field in dataclasses.fields(part)}
-        return dataclasses.replace(part, **{k: v for k, v in given.items() if k in own})
-
-    if not presets:
-        return override(options), None, None
-    preset = given["preset"] = given.get("preset") or (large if given.get("data") else "tiny")
+    preset = given.setdefault("preset", large if given.get("data") else "tiny")
     try:
-        return tuple(override(part) for part in (options, presets[preset], recipes[preset]))
+        return [dataclasses.replace(part, **{key: given[key] for key in vars(part) & given.keys()})
+                for part in (options, presets[preset], recipes[preset])]
     except ValueError as error:
         fail(str(error))
 
@@ -745,14 +745,13 @@ def pick(device="auto", dtype="auto", width=0):
     if name not in here or dtype not in ("auto", "float32", "bfloat16"):
         raise SystemExit(f"--device {device} --dtype {dtype}: expected on this machine (process "
                          f"{local}) auto, {', '.join(here)}; and auto, float32, bfloat16")
+    fast = name == "cpu" and width >= 512 and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     if name == "cuda":
         torch.cuda.set_device(local)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = name == "cpu" and width >= 512 and (
-            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    wide = dtype == "float32" or dtype == "auto" and not fast
-    return torch.device(name), torch.float32 if wide else torch.bfloat16
+    short = dtype == "bfloat16" or dtype == "auto" and fast
+    return torch.device(name), torch.bfloat16 if short else torch.float32
 
 
 def launch(main):
@@ -763,11 +762,9 @@ def launch(main):
     try:
         main()
     except BaseException as error:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-        if attempt is not None:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
-            if store.add(f"failed/{attempt}", 1) > 1:
+        if dist.is_torchelastic_launched():
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+            if store.add("failed", 1) > 1:
                 sys.exit(1)
         if isinstance(error, (KeyboardInterrupt, OSError)):    # a full disk, for instance
             raise SystemExit(f"stopped ({str(error) or 'Ctrl-C'}); what was saved is whole, and "
@@ -777,94 +774,110 @@ def launch(main):
         dist.destroy_process_group()
 
 
-def _differences(there, here):
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return "; ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+def average(tensor):
+    """The mean of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor
+
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)    # loads into any layout
+OPTIMIZERS = {"model": "optimizer", "discriminator": "discriminator_optimizer"}    # their keys
 
 
 class Run:
     """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv, its loop.
 
-    .rank .world .main (is this rank 0?) .device .dtype .autocast .start (steps done before)
-    .stopping .skipped (steps that were not finite). Plain `python` is one process; torchrun brings
-    more (gloo on CPU, NCCL on CUDA). Order: Run, `resume`, load what it returns, `train`.
+    .rank .world .main (is this rank 0?) .device .dtype .autocast .saved (the checkpoint to continue
+    from, or None) .start (steps done before) .content (what each checkpoint holds besides step,
+    networks and optimizers) .stopping .skipped (steps that were not finite). Plain `python` is one
+    process; torchrun brings more (gloo on CPU, NCCL on CUDA). Order: Run, `resume`, `together`,
+    `train`; all processes call them together. read: path -> dict, or SystemExit if it is damaged.
     """
 
-    def __init__(self, options, recipe, name, width):
+    def __init__(self, options, recipe, name, width, read):
         self.options, self.recipe, self.name = options, recipe, name
+        self.device, self.dtype = pick(options.device, options.dtype, width)
+        self.autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.main = self.rank == 0
         if recipe.batch % (self.world * recipe.accumulate):
             raise SystemExit(f"--batch {recipe.batch}: expected a multiple of {self.world} "
                              f"processes times --accumulate {recipe.accumulate}")
-        self.device, self.dtype = pick(options.device, options.dtype, width)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16,
-                                       enabled=self.dtype == torch.bfloat16)
-        if "RANK" in os.environ and not dist.is_initialized():
+        if "RANK" in os.environ:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.path, self.previous, self.temporary, self.csv = (
             Path(options.out, name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
         self.start = self.skipped = self.in_a_row = self.logged = 0
-        self.stopping, self.problem = False, ""
-        self.tracker = self.columns = None
+        self.stopping, self.tracker = False, None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary.unlink(missing_ok=True)    # a kill left it
             if options.wandb and self.main:
                 import wandb
                 self.tracker = wandb.init(project="parti", name=name, dir=options.out)
-        except OSError as error:
-            raise SystemExit(f"--out {options.out}: expected a folder to write into ({error})")
-        except ImportError:
-            raise SystemExit("--wandb: the package is not here; pip install wandb")
+        except (OSError, ImportError) as error:
+            raise SystemExit(f"cannot begin ({error}): --out takes a folder to write into, "
+                             "--wandb needs the package, pip install wandb")
+        # A kill between the two renames of `save` leaves only the previous checkpoint.
+        path = self.path if self.path.exists() else self.previous
+        found = torch.tensor(float(path.exists() and not options.fresh), device=self.device)
+        self.saved = read(path) if average(found) else None    # by all processes, or by none
 
-    def resume(self, config, read):
-        """-> the checkpoint's dict, or None to begin at step 0; all processes call it together.
+    def resume(self, config, *fixed):
+        """Say what is continued, and from here on let SIGTERM and Ctrl-C only set .stopping.
 
-        config: a plain dict; read: path -> dict, or SystemExit if the file is damaged. A checkpoint
-        with other values of its fields is refused; a recipe that has changed is pointed out. From
-        here on SIGTERM and Ctrl-C only set .stopping.
+        config: a plain dict. SystemExit for a checkpoint with other values of its fields, or of the
+        fields of the recipe in `fixed`; that others have changed is pointed out.
         """
-        found = [False]
-        if self.main:    # a kill between the two renames of `save` leaves only the previous one
-            self.temporary.unlink(missing_ok=True)
-            if not self.path.exists() and self.previous.exists():
-                os.replace(self.previous, self.path)
-            found = [self.path.exists() and not self.options.fresh]
-        if self.world > 1:
-            dist.broadcast_object_list(found)
-        saved = read(self.path) if found[0] else None
-        if saved:
-            try:
-                there = {name: saved["config"].get(name) for name in config}
-                self.start, steps = saved["step"], self.recipe.steps
-            except (AttributeError, LookupError, TypeError):
-                raise SystemExit(f"{self.path} is no checkpoint of {self.name} that can be "
-                                 "continued; give another --out, or --fresh to write over it")
-            if different := _differences(there, config):
-                raise SystemExit(f"{self.path} has another configuration ({different}); use the "
-                                 "same options, another --out, or --fresh")
+        recipe = dataclasses.asdict(self.recipe)
+        self.content = {"config": config, "recipe": recipe}
+        saved = self.saved or self.content    # a new run is like itself
+        there, here = ({**x.get("recipe", {}), **x.get("config", {})}
+                       for x in (saved, self.content))
+
+        def differences(names):
+            return "; ".join(f"{name} {there.get(name)} there, {here[name]} here"
+                             for name in names if there.get(name) != here[name])
+
+        if different := differences([*config, *fixed]):
+            raise SystemExit(f"{self.path} has another configuration ({different}); use the same "
+                             "options, another --out, or --fresh")
+        if self.saved:
+            self.start, steps = saved["step"], self.recipe.steps
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
-            changed = _differences(saved["recipe"], dataclasses.asdict(self.recipe))
-            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
-        if self.main and self.csv.exists():
-            if saved:
-                self._reopen_log()
-            else:
-                os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
+            changed = differences(recipe) or "same recipe"
+            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed})")
+        if self.main and self.csv.exists() and not self.saved:
+            os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
+        elif self.main and self.csv.exists():
+            content = self.csv.read_bytes()
+            os.truncate(self.csv, content.rfind(b"\n") + 1)    # a kill may have torn the last row
+            steps = re.findall(rb"^(\d+),.*\n", content, re.MULTILINE)
+            self.logged = int(steps[-1]) if steps else 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
-        self.config = config
-        return saved
 
-    def _reopen_log(self):
-        """Cut off what a kill tore, and find the last step."""
-        lines = self.csv.read_bytes().splitlines(keepends=True)
-        rows = [line for line in lines if line.endswith(b"\n")]
-        os.truncate(self.csv, sum(map(len, rows)))
-        if rows:
-            self.columns = rows[0].decode().strip().split(",")
-            self.logged = int(rows[-1].split(b",")[0]) if rows[1:] else 0
+    def together(self, networks, make_optimizer):
+        """-> the networks, for all processes to train together (DDP); call them only through these.
+
+        networks: {key in the checkpoint: network, sharded or whole}; they continue where the
+        checkpoint stands. make_optimizer(network, recipe) -> its optimizer.
+        """
+        self.parts = {}
+        for key, network in networks.items():
+            optimizer = make_optimizer(network.to(self.device), self.recipe)
+            if self.saved:
+                dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
+                                   optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
+            if self.options.compile and key == "model":    # R1 needs second derivatives
+                network.compile()
+            if self.world > 1 and not isinstance(network, FSDPModule):
+                network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            self.parts[key] = network, optimizer
+        return [network for network, _ in self.parts.values()]
 
     def log(self, step, row):
         """Append {name: number} to the log, on rank 0. A step that is there already is left alone.
@@ -873,40 +886,35 @@ class Run:
         """
         if not self.main or step <= self.logged:
             return
-        self.columns, self.logged = self.columns or ["step", *row], step
-        with open(self.csv, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            if not os.path.getsize(self.csv):
+        self.logged = step
+        with open(self.csv, "a+", encoding="utf-8", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, columns or ["step", *row], extrasaction="ignore")
+            if not columns:
                 writer.writeheader()
             writer.writerow({"step": step, **row})
         if self.tracker:
             self.tracker.log(row, step=step)
 
-    def mean(self, values):
-        """{name: scalar tensor} -> {name: number}, the means over all processes."""
-        means = torch.stack([value.detach().float() for value in values.values()])
-        if self.world > 1:
-            dist.all_reduce(means)
-        return dict(zip(values, (means / self.world).tolist()))
-
     def save(self, step, state):
-        """Write a dict of plain values and tensors, on rank 0. At every moment the path or the
-        previous one is a whole checkpoint, flushed to disk: about a second per gigabyte."""
-        content = {"config": self.config, "recipe": dataclasses.asdict(self.recipe), "step": step}
+        """Write .content, the step and a dict of plain values and tensors, on rank 0. At every
+        moment the path or the previous one is a whole checkpoint, flushed to disk: about a second
+        per gigabyte. SystemExit if the disk is full; what was saved before is still there."""
+        if not self.main:
+            return
         try:
-            if self.main:
-                with open(self.temporary, "wb") as file:
-                    torch.save(content | state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if self.path.exists():
-                    os.replace(self.path, self.previous)
-                os.replace(self.temporary, self.path)
-            self.problem = ""
-        except (OSError, RuntimeError) as error:    # a full disk, above all: training goes on
+            with open(self.temporary, "wb") as file:
+                torch.save(self.content | {"step": step} | state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.path.exists():
+                os.replace(self.path, self.previous)
+            os.replace(self.temporary, self.path)
+        except (OSError, RuntimeError) as error:
             self.temporary.unlink(missing_ok=True)
-            self.problem = f"{self.path} was not saved ({error}); the older one is still there"
-            say(self.problem)
+            raise SystemExit(f"{self.path} was not saved ({error}): make room; the one before is "
+                             "still there, and the same command continues")
 
     def agree(self, finite):
         """Tensor or bool -> (is it true on all processes?, has any been told to stop?).
@@ -915,9 +923,7 @@ class Run:
         not finite; SystemExit after 20 in a row.
         """
         flags = torch.tensor([not finite, self.stopping], dtype=torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(flags)
-        bad, stop = flags.bool().tolist()
+        bad, stop = average(flags).bool().tolist()
         self.skipped += bad
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row == 20:
@@ -925,51 +931,42 @@ class Run:
                              "state: lower --lr, or use --dtype float32")
         return not bad, stop
 
-    def parallel(self, network):
-        """The network for all processes to train together (DDP); call it only through this."""
-        if self.world == 1:
-            return network
-        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-
-    def train(self, networks, optimizers, stream, losses_of, evaluate, measures, state):
+    def train(self, stream, losses_of, evaluate, measures):
         """The loop of both stages, from .start to the recipe's last step or until told to stop.
 
-        networks: what the optimizers train, wrapped for DDP or FSDP; the first gives the norm that
-        is logged. stream: yields a tuple of tensors for each step, this process's share of a batch.
-        losses_of: functions (step, *part of that share) -> {name: scalar tensor} to log, the first
-        of which is differentiated; a GAN has two. evaluate() -> {name: number} for the names in
-        `measures`, on all processes together, before each save. state() -> dict of what the
-        checkpoint holds besides config, recipe and step. SystemExit at the end if the last
-        checkpoint could not be saved.
+        stream: yields a tuple of tensors for each step, this process's share of a batch. losses_of:
+        functions (step, *part of that share) -> {name: scalar tensor} to log, the first of which is
+        differentiated; a GAN has two. evaluate(step) -> {name: number} for the names in `measures`,
+        on all processes together, before each save. The norm that is logged is the first network's.
         """
         recipe, shown, began = self.recipe, {}, time.perf_counter()
+        networks, optimizers = zip(*self.parts.values())
         count = sum(p.numel() for p in networks[0].parameters())
         say(f"{self.name}, preset {self.options.preset}: {count:,} parameters, {recipe.steps} steps"
             f" of {recipe.batch} pictures, {self.world} x {self.device}, {self.dtype}")
         bar = tqdm(stream, self.name, recipe.steps, initial=self.start, disable=not self.main)
         for step, batch in enumerate(bar, self.start + 1):
             torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + self.rank)    # dropout
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate(step)
 
             # Gradients add up over the parts; processes exchange them with the last one alone.
-            losses = {}
+            losses = defaultdict(float)
             for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch)), 1):
                 for network in networks:
                     network.require_backward_grad_sync = i == recipe.accumulate    # DDP's no_sync
-                    if hasattr(network, "set_requires_gradient_sync"):    # FSDP
+                    if isinstance(network, FSDPModule):
                         network.set_requires_gradient_sync(i == recipe.accumulate)
                 for loss_of in losses_of:
                     with self.autocast:
                         found = loss_of(step, *part)
                     (next(iter(found.values())) / recipe.accumulate).backward()
                     for name, loss in found.items():
-                        losses[name] = losses.get(name, 0) + loss.detach() / recipe.accumulate
+                        losses[name] += loss.detach() / recipe.accumulate
             norms = [nn.utils.clip_grad_norm_(net.parameters(), recipe.clip) for net in networks]
             norms = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in norms]    # FSDP
             finite, stop = self.agree(torch.stack([*norms, *losses.values()]).isfinite().all())
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate(step)
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -980,15 +977,17 @@ class Run:
                 say(f"about {seconds / 20 * (recipe.steps - step) / 60:.1f} minutes left")
             due = step == recipe.steps or step % recipe.save_every == 0
             if due or step % recipe.log_every == 0:
-                row = self.mean(losses) | {"grad_norm": norms[0].item(), "lr": recipe.rate(step),
-                                           "skipped": self.skipped, "seconds": round(seconds, 1)}
-                health = evaluate() if due else dict.fromkeys(measures)
+                means = average(torch.stack([*losses.values()])).tolist()
+                row = dict(zip(losses, means), grad_norm=norms[0].item(), lr=recipe.rate(step),
+                           skipped=self.skipped, seconds=round(seconds, 1))
+                health = evaluate(step) if due else dict.fromkeys(measures)
                 self.log(step, row | health)
                 shown |= {key: f"{x:.4g}" for key, x in health.items() if x is not None}
                 bar.set_postfix({key: f"{row[key]:.3g}" for key in ("loss", "grad_norm")} | shown)
             if due or stop:
-                self.save(step, state())
+                state = {}
+                for key, part in self.parts.items():
+                    state[key], state[OPTIMIZERS[key]] = dcp.get_state_dict(*part, options=WHOLE)
+                self.save(step, state)
             if stop:
                 break
-        if self.problem:
-            raise SystemExit(self.problem)

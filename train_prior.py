@@ -8,15 +8,10 @@
 Reads the tokenizer out/vqgan.pt, writes out/prior.pt (text.pt), a log .csv and a picture .png. The
 same command again continues where the checkpoint stands.
 """
-import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
@@ -73,10 +68,7 @@ def text_loss(network, images, text, vocab, draws):
     hidden, chosen = hide(text, vocab, draws[:, :, : text.shape[1]])
     texts, pictures, scale, words = network(text, images, hidden)              # words (B,T,V)
     surprise = F.cross_entropy(words.transpose(1, 2), text, reduction="none")  # (B,T)
-    count = chosen.sum().float()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
+    count = data.average(chosen.sum().float())
     masked = (surprise * chosen).sum() / count.clamp(min=1)
     return contrastive_loss(texts, pictures, scale) + masked
 
@@ -123,63 +115,38 @@ def shard(model, run):
         fully_shard(block, shard_placement_fn=even)
 
 
-def draw_samples(model, tokenizer, held_out, text, recipe, path, device):
-    """Four samples for each of eight held-out captions: prior.png."""
-    captions = held_out.captions(8)
-    seed = torch.Generator(device).manual_seed(recipe.seed)
-    tokens = model.generate(text(captions).repeat_interleave(4, 0).to(device), recipe.guidance,
-                            recipe.temperature, recipe.top_k, recipe.top_p, seed)
-    data.save_grid(path, tokenizer.decode(tokens).split(4), captions)
-
-
 def main():
-    options, config, recipe = data.parse(__doc__, Options(), PRESETS, RECIPES, "350m")
+    options, config, recipe = data.parse(__doc__, Options(), PRESETS, RECIPES, "350m",
+                                         derived=("text_vocab", "codes", "grid"))
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
-    if any(getattr(config, name) != getattr(PRESETS[options.preset], name)
-           for name in ("text_vocab", "codes", "grid")):
-        raise SystemExit("--text-vocab, --codes, --grid come from captions and tokenizer: leave "
-                         "them out; --pieces sets the size of the vocabulary")
-    if options.fsdp and "RANK" not in os.environ:
-        raise SystemExit("--fsdp shards over processes: start it with torchrun")
-    run = data.Run(options, recipe, options.stage, config.width)
-    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt"))
+    run = data.Run(options, recipe, options.stage, config.width, vqgan.read)
+    tokenizer = vqgan.load(options.vqgan or f"{options.out}/vqgan.pt")
     tokenizer = tokenizer.requires_grad_(False).to(run.device)
-    size = tokenizer.config.image_size
+    size, codes, grid = (getattr(tokenizer.config, x) for x in ("image_size", "codes", "grid"))
     train, held_out = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                       recipe.seed) for split in ("train", "seen"))
 
-    config = replace(config, codes=tokenizer.config.codes, grid=tokenizer.config.grid)
-    sizes = asdict(config)
-    del sizes["text_vocab"]    # decided by the vocabulary below
-    saved = run.resume(sizes, vqgan.read)
-    if saved and saved["recipe"]["optimizer"] != recipe.optimizer:
-        raise SystemExit(f"--optimizer {recipe.optimizer}: {run.path} was trained with "
-                         f"{saved['recipe']['optimizer']}; use that, or --fresh")
-
     # The vocabulary is the checkpoint's, though the captions may have changed since, or that of the
     # text encoder to start from, or a function of the captions. Of scenes few hold every word.
-    warm, there = None, saved
-    if options.text and not saved:
+    warm, there = None, run.saved
+    if options.text and not run.saved:
         warm, there = vqgan.restore(options.text, lambda saved: DualEncoder(
             PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
     words = (there["text"].numpy().tobytes() if there else
              data.train_tokens(train.captions(100_000 if options.data else 2_000), recipe.pieces))
     text = data.Text(words, config.text_length)
-    config = replace(config, text_vocab=text.vocab)
-    run.config = asdict(config)
-
+    config = replace(config, text_vocab=text.vocab, codes=codes, grid=grid)
+    sampling = {x: getattr(recipe, x) for x in ("guidance", "temperature", "top_k", "top_p")}
+    run.resume(asdict(config), "optimizer")
+    run.content |= {"text": torch.tensor(list(words), dtype=torch.uint8), "image_size": size,
+                    "patch": tokenizer.config.patch, "vqgan": options.vqgan, "sampling": sampling,
+                    "val": {"data": options.data, "captions": options.captions}}
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
-    if options.fsdp:
+    sharded = options.fsdp and run.world > 1
+    if sharded:
         shard(model, run)
-    optimizer = make_optimizer(model, recipe)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)   # loads into any layout
-    if saved:
-        set_state_dict(model, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"], options=whole)
-    if options.compile:
-        model.compile()
-    network = model if options.fsdp else run.parallel(model)
+    [network] = run.together({"model": model}, make_optimizer)
 
     def loss_of(step, images, texts):
         images, texts = prepare(images, texts, run.device)
@@ -192,33 +159,29 @@ def main():
         return {"loss": text_loss(network, images, texts, config.text_vocab, draws)}
 
     @torch.no_grad()
-    def evaluate():
-        """Mean loss over the first pictures of the held-out split, and samples. A sharded model
-        draws none: `generate` does not gather its parameters; use sample.py."""
+    def evaluate(step):
+        """Mean loss over the first pictures of the held-out split, and four samples for each of
+        eight captions, prior.png. A sharded model draws none: `generate` does not gather its
+        parameters; use sample.py."""
         model.eval()
         parts = data.batches(held_out, recipe.batch, recipe.seed, 0, max(1, 256 // recipe.batch),
                              run.rank, run.world, text=text)
         with run.autocast:
             losses = torch.stack([loss_of(0, *part)["loss"] for part in parts])
-        if options.stage == "prior" and run.main and not options.fsdp:
-            path = run.path.with_suffix(".png")
-            draw_samples(model, tokenizer, held_out, text, recipe, path, run.device)
+        if options.stage == "prior" and run.main and not sharded:
+            captions = held_out.captions(8)
+            seed = torch.Generator(run.device).manual_seed(recipe.seed)
+            prompts = text(captions).repeat_interleave(4, 0).to(run.device)
+            tokens = model.generate(prompts, generator=seed, **sampling)
+            pictures = tokenizer.decode(tokens).split(4)
+            data.save_grid(run.path.with_suffix(".png"), pictures, captions)
         model.train()
-        return run.mean({"held_out": losses.mean()})
-
-    def state():
-        weights, moments = get_state_dict(model, optimizer, options=whole)
-        sampling = ("guidance", "temperature", "top_k", "top_p")
-        return {"model": weights, "optimizer": moments, "image_size": size,
-                "text": torch.tensor(list(words), dtype=torch.uint8),
-                "patch": tokenizer.config.patch, "vqgan": options.vqgan,
-                "val": {"data": options.data, "captions": options.captions},
-                "sampling": {name: getattr(recipe, name) for name in sampling}}
+        return {"held_out": data.average(losses.mean()).item()}
 
     stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
                           run.world, options.workers,
                           recipe.drop if options.stage == "prior" else 0.0, text)
-    run.train([network], [optimizer], stream, [loss_of], evaluate, ("held_out",), state)
+    run.train(stream, [loss_of], evaluate, ["held_out"])
     after = {"prior": 'sample.py "a red circle"', "text": f"train_prior.py --text {run.path}"}
     data.say(f"{run.path} is there; next: python {after[run.name]}")
 

@@ -13,7 +13,6 @@ same command again continues. decoder.pt is a whole tokenizer with the token ids
 """
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -69,28 +68,36 @@ RECIPES["tiny"] = Recipe(
     autoencoder=0.5, quantised_rate=0.5, mosaic=0.5)
 
 
-def build(options, config, recipe):
+def build(run, config):
     """-> the network that --stage trains, its config as a dict, the frozen tokenizer or None."""
+    options, recipe = run.options, run.recipe
     if options.stage == "tokenizer":
         return vqgan.VQGAN(config), asdict(config), None
     if config != vqgan.PRESETS[options.preset]:
         raise SystemExit(f"--stage {options.stage} takes the sizes from the tokenizer's file: "
                          "leave out the options that set them")
-    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
+    tokenizer = vqgan.load(options.vqgan or f"{options.out}/vqgan.pt").requires_grad_(False)
     if options.stage == "upsampler":
         sizes = {"scale": options.scale, "width": recipe.up_width, "blocks": recipe.up_blocks}
-        return vqgan.Upsampler(**sizes), sizes, tokenizer
+        return vqgan.Upsampler(**sizes), sizes, tokenizer.to(run.device)
     config = vqgan.larger_decoder(tokenizer.config)
     model = vqgan.VQGAN(config)
     model.encoder, model.codebook = tokenizer.encoder, tokenizer.codebook     # these stay frozen
     return model, asdict(config), None
 
 
-def predict(net, images, tokenizer=None, **how):
+def make_optimizer(network, recipe):
+    """AdamW with the papers' moments for what is not frozen (ViT-VQGAN §5.1)."""
+    weights = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, recipe.lr, (0.9, 0.99), weight_decay=recipe.weight_decay,
+                             fused=True)
+
+
+def predict(net, images, tokenizer=None, quantise=True):
     """Pictures (B, 3, H, W) -> (decoder's maps, codebook loss, tokens). With a frozen tokenizer,
     net is the upsampler and sees its reconstructions of the reduced pictures (Parti Fig. 4)."""
     if tokenizer is None:
-        return net(images, raw=True, **how)
+        return net(images, quantise, raw=True)
     with torch.no_grad():
         small = F.interpolate(images, tokenizer.config.image_size, mode="nearest")
         tokens = tokenizer.encode(small)
@@ -98,11 +105,11 @@ def predict(net, images, tokenizer=None, **how):
     return net(small), images.new_zeros(()), tokens
 
 
-def generator_step(net, critic, lpips, images, recipe, **how):
+def generator_step(net, critic, lpips, images, recipe, *how):
     """-> reconstructions (B, 3, H, W) without gradient, {name in the recipe: its loss; "loss": the
     weighted sum}. The discriminator is frozen: it only passes gradients on. Under a frozen codebook
     its loss is a constant, logged but without gradient."""
-    maps, codebook_loss, _ = predict(net, images, **how)
+    maps, codebook_loss, _ = predict(net, images, *how)
     pictures = vqgan.view(maps)
     losses = {"codebook": codebook_loss, "l2": F.mse_loss(pictures, images),
               "l1": F.l1_loss(pictures, images)}
@@ -137,52 +144,48 @@ def distinct_patches(images, config):
     return patches[torch.arange(count) % len(patches)]
 
 
-def mosaics(patches, config):
-    """Patches (n * N, 3 * p * p) in reading order -> pictures (n, 3, H, W)."""
-    return vqgan.unpatchify(patches.unflatten(0, (-1, config.grid ** 2)), config.patch)
-
-
 @torch.no_grad()
 def start_codebook(model, pool, generator, surroundings=8):
     """K-means on one latent per patch of pool (M, 3 * p * p), its mean in several surroundings:
     what is rare needs a code as much as what is common, and no patch needs two."""
-    config, device = model.config, model.codebook.device
-    z = 0
+    z, config = 0, model.config
     for _ in range(surroundings):
         order = torch.randperm(len(pool), generator=generator)
-        parts = mosaics(pool[order], config).split(32)
-        latents = torch.cat([model.latents(part.to(device)) for part in parts]).flatten(0, 1)
+        pictures = vqgan.unpatchify(pool[order.view(-1, config.grid ** 2)], config.patch)
+        latents = torch.cat([model.latents(part) for part in pictures.split(32)]).flatten(0, 1)
         z = z + latents[order.argsort()]                                   # (M, code_dim)
     model.init_codebook(z)
 
 
-def training_pictures(batches, model, recipe, pool, run):
+def training_pictures(batches, model, pool, run):
     """Batches of bytes -> tuples of pictures (b, 3, H, W) in [0, 1]. With a pool of patches:
     mosaics alone (unless recipe.mosaic is 0) train the autoencoder, then k-means starts the
     codebook, then recipe.mosaic of a batch are mosaics, in the later decoder stage, too."""
+    recipe = run.recipe
     for step, (images, _) in enumerate(batches, run.start):
-        images = images / 255
+        images = images.to(run.device) / 255
         if pool is not None:
             generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * step)
             if step == recipe.first > 0:
                 start_codebook(model, pool, generator)
             share = recipe.mosaic if step >= recipe.first else float(recipe.mosaic > 0)
-            count = recipe.batch * model.config.grid ** 2    # drawn for all processes together
-            patches = pool[torch.randint(len(pool), (count,), generator=generator)]
+            # Drawn for all processes together: mosaics are the first pictures of the whole batch.
+            places = recipe.batch, model.config.grid ** 2
+            places = torch.randint(len(pool), places, generator=generator)
             rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
-            chosen = (rows < share * recipe.batch).view(-1, 1, 1, 1)
-            images = torch.where(chosen, mosaics(patches, model.config)[rows], images)
-        yield (images.to(run.device).contiguous(),)
+            rows = rows[rows < share * recipe.batch]
+            images[:len(rows)] = vqgan.unpatchify(pool[places[rows]], model.config.patch)
+        yield (images,)
 
 
 MEASURES = "psnr", "usage", "perplexity", "right"
 
 
 @torch.no_grad()
-def evaluate(net, images, captions, codes, path, **how):
+def evaluate(net, images, captions, codes, path, *how):
     """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes
     also the share that still shows its caption. Draws originals above reconstructions."""
-    results = [predict(net, part, **how) for part in images.split(32)]
+    results = [predict(net, part, *how) for part in images.split(32)]
     pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
     usage = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
     right = [data.check(*pair) for pair in zip(pictures, captions)]
@@ -195,34 +198,21 @@ def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small")
     if options.stage != "tokenizer":    # its codebook is there already
         recipe = replace(recipe, autoencoder=0.0)
-    name = "vqgan" if options.stage == "tokenizer" else options.stage
-    run = data.Run(options, recipe, name, config.width)
+    name = options.stage.replace("tokenizer", "vqgan")
+    run = data.Run(options, recipe, name, config.width, vqgan.read)
 
-    # The data, and the networks with their optimizers, new or from the checkpoint.
+    # The data, and the networks, new or from the checkpoint.
     torch.manual_seed(recipe.seed)
-    model, sizes, tokenizer = build(options, config, recipe)
+    model, sizes, tokenizer = build(run, config)
     config = (tokenizer or model).config
     size = config.image_size * (options.scale if tokenizer else 1)
     train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
-    how = {"tokenizer": tokenizer.to(run.device)} if tokenizer else {}
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
     lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
-    networks = [network.to(run.device) for network in (model, critic) if network]
-    optimizers = [torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], recipe.lr,
-                                    (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-                  for network in networks]
-    parts = dict(zip(("model", "discriminator"), networks))
-    parts |= dict(zip(("optimizer", "discriminator_optimizer"), optimizers))
-    saved = run.resume(sizes, vqgan.read)
-    if saved and parts.keys() - saved.keys():
-        raise SystemExit(f"{run.path} was trained with --adversarial 0; do so again, or --fresh")
-    for key, part in parts.items():
-        if saved:
-            part.load_state_dict(saved[key])
-    if options.compile:    # not the critic: R1 needs second derivatives
-        model.compile()
-    nets, made = [run.parallel(network) for network in networks], {}
+    run.resume(sizes, "adversarial", "channels")
+    networks = {"model": model, "discriminator": critic} if critic else {"model": model}
+    nets, made = run.together(networks, make_optimizer), {}
 
     # A stream of training pictures from here on, and 256 fixed ones that are held out.
     stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
@@ -232,24 +222,22 @@ def main():
     pool = None
     if recipe.first or recipe.mosaic and not tokenizer:
         pictures, _ = next(data.batches(train, 4096, recipe.seed, 0, 1))
-        pool = distinct_patches(pictures, config) / 255
+        pool = distinct_patches(pictures, config).to(run.device) / 255
 
     def generator(step, images):
-        if options.stage == "tokenizer":
-            how["quantise"] = step > recipe.first
-        made["fakes"], losses = generator_step(nets[0], critic, lpips, images, recipe, **how)
+        how = tokenizer, step > recipe.first
+        made["fakes"], losses = generator_step(nets[0], critic, lpips, images, recipe, *how)
         return losses
 
     def discriminator(step, images):
         return discriminator_step(nets[1], images, made["fakes"], recipe, step)
 
-    def health():
-        path = run.path.with_suffix(".png")
-        return evaluate(model, held, captions, config.codes, path, **how) if run.main else {}
+    def health(step):
+        how = config.codes, run.path.with_suffix(".png"), tokenizer, step > recipe.first
+        return evaluate(model, held, captions, *how) if run.main else {}
 
-    run.train(nets, optimizers, training_pictures(stream, model, recipe, pool, run),
-              [generator, discriminator][:len(nets)], health, MEASURES,
-              lambda: {key: part.state_dict() for key, part in parts.items()})
+    run.train(training_pictures(stream, model, pool, run), [generator, discriminator][:len(nets)],
+              health, MEASURES)
 
 
 if __name__ == "__main__":
