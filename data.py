@@ -29,8 +29,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
@@ -676,8 +674,7 @@ class Recipe:
         progress = min(max(step - begin, 0) / max(self.steps - begin, 1), 1.0)
         if self.schedule == "exponential":
             return self.lr * self.final**progress
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        left = cosine if self.schedule == "cosine" else 1 - progress    # from 1 to 0
+        left = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1 - progress
         return self.lr * (self.final + (1 - self.final) * left)
 
 
@@ -832,24 +829,18 @@ class Run:
         config: a plain dict. SystemExit for a checkpoint with other values of its fields, or of the
         fields of the recipe in `fixed`; that others have changed is pointed out.
         """
-        recipe = dataclasses.asdict(self.recipe)
-        self.content = {"config": config, "recipe": recipe}
-        saved = self.saved or self.content    # a new run is like itself
-        there, here = ({**x.get("recipe", {}), **x.get("config", {})}
-                       for x in (saved, self.content))
-
-        def differences(names):
-            return "; ".join(f"{name} {there.get(name)} there, {here[name]} here"
-                             for name in names if there.get(name) != here[name])
-
-        if different := differences([*config, *fixed]):
-            raise SystemExit(f"{self.path} has another configuration ({different}); use the same "
-                             "options, another --out, or --fresh")
+        self.content = {"config": config, "recipe": dataclasses.asdict(self.recipe)}
         if self.saved:
-            self.start, steps = saved["step"], self.recipe.steps
+            here = config | self.content["recipe"]
+            there = self.saved.get("config", {}) | self.saved.get("recipe", {})
+            names = [name for name in here if there.get(name) != here[name]]
+            changed = "; ".join(f"{x} {there.get(x)} there, {here[x]} here" for x in names)
+            if {*config, *fixed} & {*names}:
+                raise SystemExit(f"{self.path} has another configuration ({changed}); use the same "
+                                 "options, another --out, or --fresh")
+            self.start, steps = self.saved["step"], self.recipe.steps
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
-            changed = differences(recipe) or "same recipe"
-            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed})")
+            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
         if self.main and self.csv.exists() and not self.saved:
             os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
         elif self.main and self.csv.exists():
@@ -864,18 +855,24 @@ class Run:
         """-> the networks, for all processes to train together (DDP); call them only through these.
 
         networks: {key in the checkpoint: network, sharded or whole}; they continue where the
-        checkpoint stands. make_optimizer(network, recipe) -> its optimizer.
+        checkpoint stands. make_optimizer(network, recipe) -> its optimizer. SystemExit if they are
+        not those of the checkpoint.
         """
         self.parts = {}
         for key, network in networks.items():
             optimizer = make_optimizer(network.to(self.device), self.recipe)
             if self.saved:
-                dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
-                                   optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
+                try:
+                    weights, moments = self.saved[key], self.saved[OPTIMIZERS[key]]
+                    dcp.set_state_dict(network, optimizer, model_state_dict=weights,
+                                       optim_state_dict=moments, options=WHOLE)
+                except (LookupError, RuntimeError) as error:
+                    raise SystemExit(f"{self.path} cannot be continued, its {key} or the optimizer "
+                                     f"differs ({str(error)[:99]!r}): another --out, or --fresh")
             if self.options.compile and key == "model":    # R1 needs second derivatives
                 network.compile()
-            if self.world > 1 and not isinstance(network, FSDPModule):
-                network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
+                network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
             self.parts[key] = network, optimizer
         return [network for network, _ in self.parts.values()]
 
@@ -949,18 +946,18 @@ class Run:
             torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + self.rank)    # dropout
 
             # Gradients add up over the parts; processes exchange them with the last one alone.
-            losses = defaultdict(float)
+            losses = {}
             for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch)), 1):
                 for network in networks:
                     network.require_backward_grad_sync = i == recipe.accumulate    # DDP's no_sync
-                    if isinstance(network, FSDPModule):
+                    if isinstance(network, dist.fsdp.FSDPModule):
                         network.set_requires_gradient_sync(i == recipe.accumulate)
                 for loss_of in losses_of:
                     with self.autocast:
                         found = loss_of(step, *part)
                     (next(iter(found.values())) / recipe.accumulate).backward()
                     for name, loss in found.items():
-                        losses[name] += loss.detach() / recipe.accumulate
+                        losses[name] = losses.get(name, 0) + loss.detach() / recipe.accumulate
             norms = [nn.utils.clip_grad_norm_(net.parameters(), recipe.clip) for net in networks]
             norms = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in norms]    # FSDP
             finite, stop = self.agree(torch.stack([*norms, *losses.values()]).isfinite().all())

@@ -938,6 +938,11 @@ def test_sizes_of_nothing_are_refused_and_what_may_be_off_is_not(script, presets
     assert parsed("--warmup 0 --decay-from 0 --seed 0 --workers 0")[2].warmup == 0
 
 
+def test_sizes_that_come_from_elsewhere_are_no_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_prior.py", "--codes", "5"])
+    assert "--codes" in error(train_prior.main)
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as caught:
         parsed("--help")
@@ -1040,6 +1045,19 @@ def test_save_and_resume(tmp_path, capsys, restore_signals):
     assert found is None and (tmp_path / "prior.pt").exists()
     run.save(100, {})
     assert start_run(tmp_path)[1]["step"] == 100 and "finished" in capsys.readouterr().out
+
+
+def test_networks_that_are_not_the_checkpoints_are_refused(tmp_path, restore_signals):
+    def started(**networks):
+        run, _ = start_run(tmp_path)
+        return run, run.together(networks, lambda net, recipe: torch.optim.AdamW(net.parameters()))
+
+    run, [net] = started(model=nn.Linear(3, 2))
+    weights, moments = net.state_dict(), {"state": {}, "param_groups": []}
+    run.save(1, {"model": weights, "optimizer": moments})
+    for networks in ({"model": nn.Linear(4, 2)}, {"discriminator": nn.Linear(3, 2)}):
+        message = error(started, **networks)
+        assert "prior.pt cannot be continued" in message and "--fresh" in message
 
 
 def test_between_the_two_renames(tmp_path, restore_signals):

@@ -129,11 +129,11 @@ def main():
 
     # The vocabulary is the checkpoint's, though the captions may have changed since, or that of the
     # text encoder to start from, or a function of the captions. Of scenes few hold every word.
-    warm, there = None, run.saved
+    warm, there = None, run.saved or {}
     if options.text and not run.saved:
         warm, there = vqgan.restore(options.text, lambda saved: DualEncoder(
             PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
-    words = (there["text"].numpy().tobytes() if there else
+    words = (there["text"].numpy().tobytes() if "text" in there else
              data.train_tokens(train.captions(100_000 if options.data else 2_000), recipe.pieces))
     text = data.Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=codes, grid=grid)

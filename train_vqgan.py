@@ -210,7 +210,7 @@ def main():
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
     critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
     lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
-    run.resume(sizes, "adversarial", "channels")
+    run.resume(sizes)
     networks = {"model": model, "discriminator": critic} if critic else {"model": model}
     nets, made = run.together(networks, make_optimizer), {}
 
