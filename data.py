@@ -863,9 +863,8 @@ class Run:
             optimizer = make_optimizer(network.to(self.device), self.recipe)
             if self.saved:
                 try:
-                    weights, moments = self.saved[key], self.saved[OPTIMIZERS[key]]
-                    dcp.set_state_dict(network, optimizer, model_state_dict=weights,
-                                       optim_state_dict=moments, options=WHOLE)
+                    dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
+                                       optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
                 except (LookupError, RuntimeError) as error:
                     raise SystemExit(f"{self.path} cannot be continued, its {key} or the optimizer "
                                      f"differs ({str(error)[:99]!r}): another --out, or --fresh")
@@ -931,10 +930,11 @@ class Run:
     def train(self, stream, losses_of, evaluate, measures):
         """The loop of both stages, from .start to the recipe's last step or until told to stop.
 
-        stream: yields a tuple of tensors for each step, this process's share of a batch. losses_of:
-        functions (step, *part of that share) -> {name: scalar tensor} to log, the first of which is
-        differentiated; a GAN has two. evaluate(step) -> {name: number} for the names in `measures`,
-        on all processes together, before each save. The norm that is logged is the first network's.
+        stream: yields a tuple of tensors for each step, this process's share of a batch.
+        losses_of(step, *part of that share) yields {name: scalar tensor} to log for one network
+        after the other, the first of them is differentiated before it goes on. evaluate(step)
+        -> {name: number} for the names in `measures`, on all processes together, before each save.
+        The norm that is logged is the first network's.
         """
         recipe, shown, began = self.recipe, {}, time.perf_counter()
         networks, optimizers = zip(*self.parts.values())
@@ -948,13 +948,13 @@ class Run:
             # Gradients add up over the parts; processes exchange them with the last one alone.
             losses = {}
             for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch)), 1):
+                todo = losses_of(step, *part)
                 for network in networks:
                     network.require_backward_grad_sync = i == recipe.accumulate    # DDP's no_sync
                     if isinstance(network, dist.fsdp.FSDPModule):
                         network.set_requires_gradient_sync(i == recipe.accumulate)
-                for loss_of in losses_of:
                     with self.autocast:
-                        found = loss_of(step, *part)
+                        found = next(todo)
                     (next(iter(found.values())) / recipe.accumulate).backward()
                     for name, loss in found.items():
                         losses[name] = losses.get(name, 0) + loss.detach() / recipe.accumulate

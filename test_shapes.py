@@ -1167,11 +1167,11 @@ def fill_the_disk(out):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    def loss_of(step, x):
-        return {"loss": net(x).sum()}
+    def losses_of(step, x):
+        yield {"loss": net(x).sum()}
 
     run.together({"model": net}, lambda net, recipe: torch.optim.SGD(net.parameters(), recipe.lr))
-    run.train([(torch.ones(2, 300),)] * 4, [loss_of], lambda step: {}, ())
+    run.train([(torch.ones(2, 300),)] * 4, losses_of, lambda step: {}, ())
 
 
 @slow

@@ -62,10 +62,13 @@ def prior_loss(network, images, text, tokenizer):
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def text_loss(network, images, text, vocab, draws):
-    """Contrastive loss and masked tokens together (Parti §2.3, App. G); draws (3,B,T): see `hide`.
-    Both are means over the global batch."""
-    hidden, chosen = hide(text, vocab, draws[:, :, : text.shape[1]])
+def text_loss(network, images, text, config, run, step):
+    """Contrastive loss and masked tokens together (Parti §2.3, App. G), both means over the global
+    batch. What is hidden is drawn for that batch, so that the number of processes is no matter."""
+    seed = torch.Generator().manual_seed(1_000_003 * run.recipe.seed + step)
+    draws = torch.rand(3, run.recipe.batch, config.text_length, generator=seed)
+    draws = draws.chunk(run.world, 1)[run.rank].to(run.device)                 # (3,B,T), see `hide`
+    hidden, chosen = hide(text, config.text_vocab, draws[:, :, : text.shape[1]])
     texts, pictures, scale, words = network(text, images, hidden)              # words (B,T,V)
     surprise = F.cross_entropy(words.transpose(1, 2), text, reduction="none")  # (B,T)
     count = data.average(chosen.sum().float())
@@ -148,15 +151,10 @@ def main():
         shard(model, run)
     [network] = run.together({"model": model}, make_optimizer)
 
-    def loss_of(step, images, texts):
-        images, texts = prepare(images, texts, run.device)
-        if options.stage == "prior":
-            return {"loss": prior_loss(network, images, texts, tokenizer)}
-        # Drawn for the global batch, so that the number of processes makes no difference.
-        seed = torch.Generator().manual_seed(1_000_003 * recipe.seed + step)
-        draws = torch.rand(3, recipe.batch, config.text_length, generator=seed)
-        draws = draws.chunk(run.world, 1)[run.rank].to(run.device)
-        return {"loss": text_loss(network, images, texts, config.text_vocab, draws)}
+    def losses_of(step, *part):
+        part = prepare(*part, run.device)
+        yield {"loss": prior_loss(network, *part, tokenizer) if options.stage == "prior" else
+               text_loss(network, *part, config, run, step)}
 
     @torch.no_grad()
     def evaluate(step):
@@ -167,7 +165,7 @@ def main():
         parts = data.batches(held_out, recipe.batch, recipe.seed, 0, max(1, 256 // recipe.batch),
                              run.rank, run.world, text=text)
         with run.autocast:
-            losses = torch.stack([loss_of(0, *part)["loss"] for part in parts])
+            losses = torch.stack([next(losses_of(0, *part))["loss"] for part in parts])
         if options.stage == "prior" and run.main and not sharded:
             captions = held_out.captions(8)
             seed = torch.Generator(run.device).manual_seed(recipe.seed)
@@ -181,7 +179,7 @@ def main():
     stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
                           run.world, options.workers,
                           recipe.drop if options.stage == "prior" else 0.0, text)
-    run.train(stream, [loss_of], evaluate, ["held_out"])
+    run.train(stream, losses_of, evaluate, ["held_out"])
     after = {"prior": 'sample.py "a red circle"', "text": f"train_prior.py --text {run.path}"}
     data.say(f"{run.path} is there; next: python {after[run.name]}")
 

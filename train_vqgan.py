@@ -212,7 +212,7 @@ def main():
     lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     run.resume(sizes)
     networks = {"model": model, "discriminator": critic} if critic else {"model": model}
-    nets, made = run.together(networks, make_optimizer), {}
+    nets = run.together(networks, make_optimizer)
 
     # A stream of training pictures from here on, and 256 fixed ones that are held out.
     stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
@@ -224,20 +224,17 @@ def main():
         pictures, _ = next(data.batches(train, 4096, recipe.seed, 0, 1))
         pool = distinct_patches(pictures, config).to(run.device) / 255
 
-    def generator(step, images):
+    def losses_of(step, images):
         how = tokenizer, step > recipe.first
-        made["fakes"], losses = generator_step(nets[0], critic, lpips, images, recipe, *how)
-        return losses
-
-    def discriminator(step, images):
-        return discriminator_step(nets[1], images, made["fakes"], recipe, step)
+        fakes, losses = generator_step(nets[0], critic, lpips, images, recipe, *how)
+        yield losses
+        yield discriminator_step(nets[1], images, fakes, recipe, step)    # if there is one
 
     def health(step):
         how = config.codes, run.path.with_suffix(".png"), tokenizer, step > recipe.first
         return evaluate(model, held, captions, *how) if run.main else {}
 
-    run.train(training_pictures(stream, model, pool, run), [generator, discriminator][:len(nets)],
-              health, MEASURES)
+    run.train(training_pictures(stream, model, pool, run), losses_of, health, MEASURES)
 
 
 if __name__ == "__main__":
