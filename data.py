@@ -674,6 +674,7 @@ class Recipe:
         progress = min(max(step - begin, 0) / max(self.steps - begin, 1), 1.0)
         if self.schedule == "exponential":
             return self.lr * self.final**progress
+        # What is left of the way down, from 1 to 0.
         left = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1 - progress
         return self.lr * (self.final + (1 - self.final) * left)
 
@@ -772,7 +773,7 @@ def launch(main):
 
 
 def average(tensor):
-    """The mean of a tensor over all processes."""
+    """The mean of a tensor, which is overwritten, over all processes; all call it together."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor = tensor / dist.get_world_size()
@@ -868,7 +869,7 @@ class Run:
                 except (LookupError, RuntimeError) as error:
                     raise SystemExit(f"{self.path} cannot be continued, its {key} or the optimizer "
                                      f"differs ({str(error)[:99]!r}): another --out, or --fresh")
-            if self.options.compile and key == "model":    # R1 needs second derivatives
+            if self.options.compile and key == "model":    # R1 needs the critic's second derivatives
                 network.compile()
             if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
                 network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
@@ -931,10 +932,10 @@ class Run:
         """The loop of both stages, from .start to the recipe's last step or until told to stop.
 
         stream: yields a tuple of tensors for each step, this process's share of a batch.
-        losses_of(step, *part of that share) yields {name: scalar tensor} to log for one network
-        after the other, the first of them is differentiated before it goes on. evaluate(step)
-        -> {name: number} for the names in `measures`, on all processes together, before each save.
-        The norm that is logged is the first network's.
+        losses_of(step, *part of that share) yields {name: scalar tensor} to log, for one network
+        after the other; the first of the dict is differentiated before it goes on (a GAN has two).
+        evaluate(step) -> {name: number} for the names in `measures`, on all processes together,
+        before each save. The norm that is logged is the first network's.
         """
         recipe, shown, began = self.recipe, {}, time.perf_counter()
         networks, optimizers = zip(*self.parts.values())

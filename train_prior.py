@@ -64,7 +64,7 @@ def prior_loss(network, images, text, tokenizer):
 
 def text_loss(network, images, text, config, run, step):
     """Contrastive loss and masked tokens together (Parti §2.3, App. G), both means over the global
-    batch. What is hidden is drawn for that batch, so that the number of processes is no matter."""
+    batch. What is hidden is drawn for that batch: the number of processes makes no difference."""
     seed = torch.Generator().manual_seed(1_000_003 * run.recipe.seed + step)
     draws = torch.rand(3, run.recipe.batch, config.text_length, generator=seed)
     draws = draws.chunk(run.world, 1)[run.rank].to(run.device)                 # (3,B,T), see `hide`
