@@ -869,7 +869,7 @@ class Run:
                 except (LookupError, RuntimeError) as error:
                     raise SystemExit(f"{self.path} cannot be continued, its {key} or the optimizer "
                                      f"differs ({str(error)[:99]!r}): another --out, or --fresh")
-            if self.options.compile and key == "model":    # R1 needs the critic's second derivatives
+            if self.options.compile and key == "model":    # a critic needs second derivatives
                 network.compile()
             if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
                 network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
