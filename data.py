@@ -4,7 +4,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from collections import defaultdict, namedtuple
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from posixpath import basename, dirname, join, normpath, splitext    # names of files, on any system
 
@@ -212,14 +211,14 @@ def _recognise(image, background):
     tones = {name: np.float32(rgb) - plain for name, rgb in COLOURS.items()}
     for region in _regions(abs(image).max(-1) > 40):
         pixels = image[region]
-        if len(pixels) < cell * cell / 16:
+        if len(pixels) < max(2, cell * cell / 16):
             continue    # noise of the tokenizer: 3 pixels of 64 x 64
         core = np.median(pixels[np.argsort(-np.square(pixels).sum(-1))[: len(pixels) // 2]], 0)
         gap, colour = min((abs(core - tone).max(), name) for name, tone in tones.items())
         cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
         y, x = ((places.min() + places.max() + 1) / 2 for places in np.nonzero(region))
         fits = []
-        for size, shape in itertools.product(SIZES, SHAPES):
+        for size, shape in product(SIZES, SHAPES):
             drawn = stencil(shape, SIZES[size] * cell)
             top, left = (round(middle - len(drawn) / 2) for middle in (y, x))
             box = np.s_[top : top + len(drawn), left : left + len(drawn)]
