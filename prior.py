@@ -47,7 +47,8 @@ class PriorConfig:
     mlp: int = 4_096
     encoder_layers: int = 12
     decoder_layers: int = 12
-    # On residual, activation and attention outputs (§3, ViT-VQGAN §4.1).
+    # On residual, activation and attention outputs (§3, ViT-VQGAN §4.1). most, least: the bounds of
+    # the command-line option, where they are not the usual ones.
     dropout: float = field(default=0.1, metadata={"most": 1})
     # Side of the conv-shaped attention mask (§2.2); 0: dense causal.
     kernel: int = field(default=11, metadata={"least": 0})
@@ -72,7 +73,7 @@ PRESETS = {  # Parti Table 1; tiny is for the built-in scenes on a laptop
     "3b": PriorConfig(width=2_048, heads=32, mlp=8_192, decoder_layers=36),
     "20b": PriorConfig(width=4_096, heads=64, mlp=16_384, encoder_layers=16, decoder_layers=64),
 }
-MASK = 1  # the id that hides a token in pretraining: SentencePiece's "unknown", unused by its bytes
+MASK = 1  # hides a token in pretraining: SentencePiece's "unknown", free as bytes spell all words
 
 # --- the transformer -----------------------------------------------------------------------------
 
@@ -83,7 +84,8 @@ def split_heads(x, heads):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases; queries from x, keys and values from a context."""
+    """Multi-head attention without biases; queries from x, keys and values from a context (Parti
+    §2.2, which takes the encoder-decoder of Vaswani et al.)."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,7 +100,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: self-attention, in the decoder cross-attention to the text, MLP."""
+    """Pre-norm block: self-attention, in the decoder cross-attention to the text, MLP (Parti §2.2;
+    dropout §3)."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -144,7 +147,8 @@ class TextEncoder(nn.Module):
 
 
 class Parti(nn.Module):
-    """Text tokens to image tokens: encoder, decoder, one distribution over codes at a time."""
+    """Text tokens to image tokens: encoder, decoder, one distribution over codes at a time (Parti
+    §2.2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -227,17 +231,15 @@ class CachedDecoder:
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
         self.size = self.filled = min(behind + 1, config.tokens)
-        self.slots = back = torch.arange(self.size, device=text.device)
-        seen = allowed(back, 0, 1, True, config.kernel, config.grid)  # a function of i - j alone
-        self.seen = torch.where(seen, 0.0, -math.inf).to(dtype)  # (size,)
+        self.slots = torch.arange(self.size, device=text.device)
         t = torch.arange(text.shape[1], device=text.device)
-        self.inside = torch.where(t < lengths[:, None], 0.0, -math.inf).to(dtype)  # (B, T)
-        self.inside = self.inside.repeat_interleave(config.heads, 0)[:, None]  # (B * H, 1, T)
+        inside = t < lengths.repeat_interleave(config.heads)[:, None, None]  # (B * H, 1, T)
+        self.inside = torch.where(inside, 0.0, -math.inf).to(dtype)  # what is added to the scores
         self.layers = []
         for block in prior.blocks:
             own, cross = block.attention, block.cross
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
-                    cross.out.weight, block.up.weight, block.down.weight)  # fmt: skip
+                    cross.out.weight, block.up.weight, block.down.weight)
             # Keys and values (2, B * H, T, d) of the text; room for those of the picture.
             pair = apart(cross.kv(words).to(dtype), 2, config.heads)
             kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
@@ -263,8 +265,9 @@ class CachedDecoder:
         config, slot = self.prior.config, i % self.size
         slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
-        back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
-        seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
+        held = i - (i - self.slots[: self.filled]) % self.size  # positions; below 0: still empty
+        seen = allowed(i, held, i + 1, True, config.kernel, config.grid)
+        seen = torch.where(seen, 0.0, -math.inf).to(self.inside.dtype)  # (filled,)
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
             qkv = apart(times(qkv, block.norm1(x))[:, None], 3, config.heads)  # (3, B * H, 1, d)
             kept[:, :, slot] = qkv[1:]
@@ -368,9 +371,9 @@ class DualEncoder(nn.Module):
 
 
 def hide(text, vocab, draws):
-    """BERT's corruption of text (B, T) by uniform numbers draws (3, B, T): 15 % of the tokens are
-    to be predicted; of these 80 % become MASK, 10 % a random piece, 10 % stay. Returns the text so
-    corrupted and the chosen places (B, T)."""
+    """BERT's corruption (Parti §2.3) of text (B, T) by uniform numbers draws (3, B, T): 15 % of the
+    tokens are to be predicted; of these 80 % become MASK, 10 % a random piece, 10 % stay. Returns
+    the text so corrupted and the chosen places (B, T)."""
     chosen = (draws[0] < 0.15) & (text != 0)
     piece = (4 + draws[2] * (vocab - 4)).long()  # the first four are padding, MASK, start and end
     hidden = torch.where(draws[1] < 0.8, MASK, torch.where(draws[1] < 0.9, piece, text))
@@ -402,7 +405,7 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, clip=clip))
 
     @torch.no_grad()
-    def step(self, closure=None):  # torch calls it with one, which is None
+    def step(self, closure=None):  # torch passes one, None, when it loads a checkpoint
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -436,7 +439,8 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def initialise(model):
-    """Every initial value of a prior or a dual encoder; the papers are silent on them."""
+    """Every initial value of a prior or a dual encoder, but norms and biases, which keep torch's;
+    the papers are silent on them."""
     for name, p in model.named_parameters():
         table = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
         table = table and name != "image.embed.weight"  # that is a linear map
@@ -478,7 +482,7 @@ def allowed(i, j, length, causal, kernel, grid):
 
 
 def span(causal, kernel, grid, far):
-    """How many positions before and after its own a query sees at most; `far` is no limit."""
+    """How many positions before and after its own a query sees at most; `far` where it sees all."""
     return (grid + 1) * (kernel // 2) if kernel else far, 0 if causal else far
 
 
@@ -487,8 +491,8 @@ def tile_range(start, size, step, end, behind, ahead):
     begin at first, first + step, ... below last, and cover what lies up to `behind` before the
     tile and up to `ahead` after it, within 0 ... end - 1.
 
-    With the sparse mask nothing else has to be skipped: a tile between the first and the last
-    spans size + step - 1 values of i - j, more than the gap of grid - kernel between two rows.
+    With the sparse mask of grids up to 64 nothing else has to be skipped: a tile in between spans
+    size + step - 1 values of i - j, more than the gap of grid - kernel between two rows.
     """
     first = max(start - behind, 0) // step * step
     return first, min(start + size + ahead, end)
@@ -599,7 +603,7 @@ if triton is not None:
 def launch(kernel, own, step, rule, lengths, *tensors, **more):
     """Run a kernel on every tile of `own` rows of the first tensor, (B, H, rows, d)."""
     (B, H, rows, d), size = tensors[0].shape, tensors[0].element_size()
-    own, step = (32, 32) if size == 4 else (own, step)  # float32 tiles are halved, to fit
+    own, step = (32, 32) if size == 4 else (own, step)  # smaller in float32, to fit
     warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
     tensors = [(x, x.shape[2], *x.stride()) for x in tensors]
     kernel[triton.cdiv(rows, own), H, B](*tensors, lengths, *span(*rule, 2**30), rule, d, own, step,
@@ -663,8 +667,8 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     mask: in place of all these, for decoding with a cache: numbers to add to the scores, 0 or -inf,
       in q's dtype. Then q is (B * H, Nq, d), and so on: the mask broadcasts to (B * H, Nq, Nk), and
       each query must see a key.
-    fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) where
-      they apply, torch elsewhere; True or False insists.
+    fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) for d of
+      32, 64 or 128 and any type but float64, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
     whose kernel is even or that has no grid.
     """
@@ -701,8 +705,8 @@ def load(path):
 
 def memory(config, batch, shards=1):
     """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes:
-    {"weights", "gradients", "optimizer", "activations"}. On top come DDP's buckets, as much as the
-    gradients, or the one block that FSDP gathers, and whatever lives for one operation alone.
+    {"weights", "gradients", "optimizer", "activations"}. DDP's buckets hold the gradients and cost
+    nothing; on top come the block that FSDP gathers and whatever lives for one operation alone.
 
     batch: pictures of this process. shards: processes that share the first three (FSDP). The
     activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU
@@ -779,7 +783,7 @@ def benchmark(device):
 
     print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes, guidance")
     config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
-                         encoder_layers=8, decoder_layers=8, dropout=0.0)  # fmt: skip
+                         encoder_layers=8, decoder_layers=8, dropout=0.0)
     text = torch.randint(4, 1_000, (16, 64), device=device)
     tokens = torch.randint(config.codes, (8, 256), device=device)
     for dtype in rates:

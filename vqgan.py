@@ -82,7 +82,7 @@ def larger_decoder(config):
 # The towers: encoder and decoder are the same Transformer (ViT-VQGAN §3.1)
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, full attention: (B, N, D) -> (B, N, D)."""
+    """Pre-norm Transformer block, full attention: (B, N, D) -> (B, N, D) (ViT-VQGAN §3.1)."""
 
     def __init__(self, config, width, heads, mlp):
         super().__init__()
@@ -154,15 +154,18 @@ class VQGAN(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and name != "codebook":
                 nn.init.xavier_uniform_(weight)                # as ViT: keeps variance at any width
-            if name.endswith(("out.weight", "mlp.2.weight")):  # every block starts as the identity:
-                nn.init.zeros_(weight)                         # the mean colour is learned sooner
+            # Every block starts as the identity: training leaves the mean colour behind sooner.
+            if name.endswith(("out.weight", "mlp.2.weight")):
+                nn.init.zeros_(weight)
         for tower in (self.encoder, self.decoder):
             nn.init.normal_(tower.positions, std=0.02)         # as ViT: content first, place second
-        self.encoder.embed.bias.copy_(-self.encoder.embed.weight.sum(1))   # W(2x - 1): pixels in
-        self.encoder.embed.weight.mul_(2)      # [-1, 1], or the brightness would drown the rest
+        # W(2x - 1): sees pixels in [-1, 1], or the brightness would drown the rest.
+        self.encoder.embed.bias.copy_(-self.encoder.embed.weight.sum(1))
+        self.encoder.embed.weight.mul_(2)
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
-        nn.init.normal_(self.decoder.project.weight, std=0.02)     # start close to mid-grey:
-        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)    # mu, or RGB
+        # Start close to mid-grey, whether mu or RGB.
+        nn.init.normal_(self.decoder.project.weight, std=0.02)
+        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)
 
     def latents(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, N, code_dim) float32 of unit norm: the encoder's side of
