@@ -231,10 +231,12 @@ class CachedDecoder:
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
         self.size = self.filled = min(behind + 1, config.tokens)
-        self.slots = torch.arange(self.size, device=text.device)
+        self.slots = back = torch.arange(self.size, device=text.device)
         t = torch.arange(text.shape[1], device=text.device)
-        inside = t < lengths.repeat_interleave(config.heads)[:, None, None]  # (B * H, 1, T)
-        self.inside = torch.where(inside, 0.0, -math.inf).to(dtype)  # what is added to the scores
+        # What is added to the scores is 0 = log 1 for the keys to see, and -inf = log 0.
+        seen = allowed(back, 0, 1, True, config.kernel, config.grid)  # a function of i - j alone
+        inside = t < lengths.repeat_interleave(config.heads)[:, None, None]
+        self.seen, self.inside = (x.to(dtype).log() for x in (seen, inside))  # (size,), (B*H, 1, T)
         self.layers = []
         for block in prior.blocks:
             own, cross = block.attention, block.cross
@@ -244,7 +246,7 @@ class CachedDecoder:
             pair = apart(cross.kv(words).to(dtype), 2, config.heads)
             kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
             *maps, down = [w.to(dtype) for w in maps]
-            if by_columns(down):
+            if by_columns(down):  # its rows are long
                 part = math.gcd(512, config.mlp)
                 down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
             self.layers.append((block, [*maps, down], pair, kept))
@@ -265,9 +267,8 @@ class CachedDecoder:
         config, slot = self.prior.config, i % self.size
         slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
-        held = i - (i - self.slots[: self.filled]) % self.size  # positions; below 0: still empty
-        seen = allowed(i, held, i + 1, True, config.kernel, config.grid)
-        seen = torch.where(seen, 0.0, -math.inf).to(self.inside.dtype)  # (filled,)
+        back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
+        seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
             qkv = apart(times(qkv, block.norm1(x))[:, None], 3, config.heads)  # (3, B * H, 1, d)
             kept[:, :, slot] = qkv[1:]
@@ -628,6 +629,7 @@ class Fused(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        # Queries have one gradient: their second dq is not written.
         launch(_backward, 64, 32, ctx.rule, lengths, q, grad, k, v, dq, dq, lse, delta, KEYS=False)
         launch(_backward, 64, 32, ctx.rule, lengths, k, v, q, grad, dk, dv, lse, delta, KEYS=True)
         return dq, dk, dv, None, None, None, None
