@@ -268,7 +268,13 @@ def explain(what, expected):
     try:
         yield
     except Exception as error:    # as many kinds as there are ways to be something else
-        raise SystemExit(f"{what}: {error!r}; expected {expected}")
+        how = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SystemExit(f"{what}: {how}; expected {expected}")
+
+
+def clean(text):
+    """Any str -> one that can be printed and encoded: a file name need not be UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def open_image(file, draft=math.inf):
@@ -359,8 +365,8 @@ def _index(path):
         if file.lower().endswith(".tar"):
             with explain(file, "a whole, uncompressed .tar"), tarfile.open(file, "r:") as shard:
                 for member in shard:
-                    if not (member.isreg() or member.isdir()):
-                        raise ValueError(f"{member.name} is a link or a device")
+                    if member.issparse() or not (member.isreg() or member.isdir()):
+                        raise ValueError(f"{member.name} is a link, a device or sparse")
                     inner = _inside(name, member.name)
                     stem = re.match(r"(.*/)?[^/.]*", inner)[0]
                     files[inner] = File(file, stem, member.offset_data, member.size)
@@ -371,7 +377,8 @@ def _index(path):
 
 def _rows(name, file):
     """The rows of a caption file, dicts: of a table, with a file_name; of a .txt, its lines."""
-    text, ending = _read(file).decode("utf-8-sig", "replace"), splitext(name)[1].lower()
+    ending = splitext(name)[1].lower()
+    text = _read(file).decode("utf-8-sig", "replace" if ending == ".txt" else "strict")
     if text.startswith("version https://git-lfs"):
         raise ValueError("a Git-LFS pointer in the place of the file: git lfs pull")
     lines = [line for line in text.split("\n") if line.strip()]
@@ -402,7 +409,7 @@ def _listed(names, lists, anywhere=False):
     alike = {base: list(same) for base, same in groupby(sorted(names, key=basename), basename)}
     listed = defaultdict(list)
     for source, file in lists.items():
-        with explain(source, "COCO captions JSON, or rows with file_name and text"):
+        with explain(source, "COCO captions JSON, or UTF-8 rows with file_name and text"):
             for row in _rows(source, file):
                 path = _inside("" if anywhere else dirname(source), row["file_name"])
                 found = [name for name in alike.get(basename(path), ())
@@ -432,7 +439,8 @@ class Pictures:
         self.size, self.crop, self.files = size, crop, _index(path)
         names = [name for name in self.files if name.lower().endswith(EXTENSIONS)]
         if not names:
-            raise SystemExit(f"--data {path}: no picture; expected {' '.join(EXTENSIONS)}")
+            raise SystemExit(f"--data {path}: no picture there; expected a folder or a .tar file "
+                             f"that exists, with {' '.join(EXTENSIONS)}")
         lists = {name: file for name, file in self.files.items() if basename(name) in LISTS}
         beside = {file.stem: name for name, file in self.files.items()
                   if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
@@ -472,7 +480,7 @@ class Pictures:
                 texts = [_caption(row) for row in _rows(texts, self.files[texts])]
             except Exception:    # a .json without a caption, or no JSON
                 texts = []
-        return texts or [""]
+        return [clean(text) for text in texts] or [""]
 
 
 def _folder(name):
@@ -522,7 +530,8 @@ def train_tokens(captions, pieces=16_000):
     """
     captions = [caption[:1000] for caption in captions if caption.strip()]
     model = io.BytesIO()
-    with explain(f"{pieces} text tokens from {len(captions)} captions", "some text, more tokens"):
+    with explain(f"--pieces {pieces} from {len(captions)} captions with text", "more pieces; or "
+                 "captions: --captions, metadata, .txt beside the pictures, names of folders"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
             model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
@@ -587,7 +596,7 @@ class Stream(torch.utils.data.Dataset):
                 caption = "" if rng.random() < self.drop else caption
                 return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), caption, bad
             except OSError as error:
-                bad += f"{self.dataset.names[index]}: {error}\n"
+                bad += clean(f"{self.dataset.names[index]}: {error}\n")
         return torch.zeros(3, self.dataset.size, self.dataset.size).byte(), "", bad
 
 

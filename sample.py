@@ -9,7 +9,6 @@ decoder), text.pt (the reranker) and upsampler.pt. The prompt "" draws without a
 """
 import csv
 import hashlib
-import math
 import os
 import re
 from collections import defaultdict
@@ -23,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import vqgan
-from data import (Scenes, Text, batches, check, kind, launch, open_data, option, parse, pick,
-                  prior_crop, save_grid, say)
+from data import (Scenes, Text, batches, check, clean, explain, kind, launch, open_data, option,
+                  parse, pick, prior_crop, save_grid, say)
 from prior import DualEncoder, Parti, PriorConfig
 
 BATCH = 64   # pictures drawn at a time
@@ -64,21 +63,19 @@ class Painter(torch.nn.Module):
 
     def __init__(self, options):
         super().__init__()
-        self.options, self.prior, self.ranker, self.upsampler = options, None, None, None
+        out, self.options = Path(options.out), options
+        self.prior = self.ranker = self.upsampler = None
+        self.saved, self.sampling = {}, {}
         self.device, dtype = pick(options.device, options.dtype)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        out, saved = Path(options.out), {}
         if not options.evaluate or (out / "prior.pt").exists():
-            self.prior, saved = vqgan.restore(
+            self.prior, self.saved = vqgan.restore(
                 out / "prior.pt", lambda saved: Parti(PriorConfig(**saved["config"])))
-            self.text = words(saved)
-        self.val, self.step = saved.get("val", {}), saved.get("step")
-        self.sampling = dict(guidance=1.2, temperature=1.0, top_k=0, top_p=1.0)   # Parti's
-        self.sampling |= saved.get("sampling", {})                                # the preset's
-        self.sampling |= {k: v for k in self.sampling if (v := getattr(options, k)) >= 0}
+            self.text, kept = words(self.saved), self.saved["sampling"]
+            self.sampling = kept | {k: v for k, v in vars(options).items() if k in kept and v >= 0}
 
-        path = options.vqgan or saved.get("vqgan") or out / "vqgan.pt"
+        path = options.vqgan or self.saved.get("vqgan") or out / "vqgan.pt"
         self.vqgan = self.decoder = vqgan.load(path)
         has, needs = self.vqgan.config, (self.prior or self.vqgan).config
         if (has.codes, has.grid) != (needs.codes, needs.grid):
@@ -89,39 +86,41 @@ class Painter(torch.nn.Module):
             if torch.equal(larger.codebook, self.vqgan.codebook):   # else another tokenizer's
                 self.decoder = larger
         if options.rerank or options.evaluate and (out / "text.pt").exists():
-            self.ranker, saved = vqgan.restore(out / "text.pt", lambda saved: DualEncoder(
+            self.ranker, judge = vqgan.restore(out / "text.pt", lambda saved: DualEncoder(
                 PriorConfig(**saved["config"]), saved["image_size"], saved["patch"]))
-            self.side, self.ranker_text = saved["image_size"], words(saved)
+            self.side, self.ranker_text = judge["image_size"], words(judge)
         if options.upsample:
             self.upsampler, _ = vqgan.restore(
                 out / "upsampler.pt", lambda saved: vqgan.Upsampler(**saved["config"]))
         self.to(self.device)
+
+    def parts(self, function, tensor, size=BATCH):
+        """function of every `size` rows of a tensor, on the device -> all rows, on the CPU."""
+        return torch.cat([function(part.to(self.device)).cpu() for part in tensor.split(size)])
 
     def draw(self, captions, candidates=1, **sampling):
         """B captions -> M candidates for each (B, M, 3, S, S) in [0, 1] and their scores (B, M):
         cosine with the caption, or 0 without a ranker. sampling overrides guidance and so on."""
         text = self.text(captions).repeat_interleave(candidates, dim=0)    # (B*M, T)
         how = {**self.sampling, **sampling, "generator": self.generator}
+        scores = torch.zeros(len(captions), candidates)
         with self.autocast:
-            pictures = torch.cat([
-                self.decoder.decode(self.prior.generate(part.to(self.device), **how)).clamp(0, 1)
-                for part in text.split(BATCH)])                            # (B*M, 3, S, S)
-            scores = torch.zeros(len(captions), candidates)
+            tokens = self.parts(lambda part: self.prior.generate(part, **how), text)  # (B*M, N)
+            pictures = self.parts(lambda part: self.decoder.decode(part).clamp(0, 1), tokens)
             if self.ranker:
-                small = F.interpolate(pictures, (self.side, self.side), mode="area")
-                images = self.ranker.embed_images(small).unflatten(0, scores.shape)  # (B, M, D)
-                text = self.ranker.embed_text(self.ranker_text(captions).to(self.device))
-                scores = (text[:, None] * images).sum(-1).cpu()
-        return pictures.cpu().unflatten(0, scores.shape), scores
+                images = self.parts(lambda part: self.ranker.embed_images(
+                    F.interpolate(part, (self.side, self.side), mode="area")), pictures)
+                text = self.parts(self.ranker.embed_text, self.ranker_text(captions))     # (B, D)
+                scores = (text[:, None] * images.unflatten(0, scores.shape)).sum(-1)
+        return pictures.unflatten(0, scores.shape), scores
 
     def paint(self, captions):
         """B captions -> n pictures for each (B, n, 3, S, S), reranked and enlarged as asked."""
         n = self.options.n
         pictures, _ = best(*self.draw(captions, max(n, self.options.rerank)), n)
         if self.upsampler:
-            parts = pictures.flatten(0, 1).to(self.device).split(8)
-            parts = [self.upsampler(part).clamp(0, 1).cpu() for part in parts]
-            pictures = torch.cat(parts).unflatten(0, (-1, n))
+            large = self.parts(self.upsampler, pictures.flatten(0, 1), size=8)
+            pictures = large.clamp(0, 1).unflatten(0, (-1, n))
         return pictures
 
 
@@ -140,17 +139,14 @@ def best(pictures, scores, n):
 def read_prompts(path):
     """-> [{"Prompt": ...}], with Category and Challenge from the TSV of PartiPrompts, where quotes
     are literal. Any other file holds a prompt a line. SystemExit if it cannot be read."""
-    try:
+    with explain(f"--prompts {path}", "a text file in UTF-8"):
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--prompts {path}: {error}; expected a text file in UTF-8")
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows = [{"Prompt": line, "Category": "all"} for line in lines]
-    if lines and lines[0].split("\t")[0] == "Prompt":
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows:
-        raise SystemExit(f"--prompts {path} holds no prompt")
-    return rows
+    rows = [line.split("\t") for line in text.split("\n") if line.strip()]
+    if rows and rows[0][0] != "Prompt":
+        rows = [("Prompt", "Category"), *(("\t".join(row), "all") for row in rows)]
+    if len(rows) < 2:
+        raise SystemExit(f"--prompts {path} holds no prompt; expected one a line, or PartiPrompts")
+    return [dict(zip(rows[0], row)) for row in rows[1:]]
 
 
 def slug(text):
@@ -164,12 +160,13 @@ def draw_file(painter, options):
     What is there is kept, and each group of prompts has random numbers of its own, so that a run
     that was stopped continues as if it had not been."""
     rows, sheets = read_prompts(options.prompts)[:options.limit or None], defaultdict(list)
-    how = painter.sampling, painter.step, options.n, options.rerank, options.upsample, options.seed
+    how = (painter.sampling, painter.saved["step"], options.n, options.rerank, options.upsample,
+           options.seed)
     digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
     folder = Path(options.out, "prompts")
     folder.mkdir(exist_ok=True)
-    for i, row in enumerate(rows):
-        stem = f"{i + 1:05d}-{slug(row['Prompt'])}-{digest}"
+    for i, row in enumerate(rows, 1):
+        stem = f"{i:05d}-{slug(row['Prompt'])}-{digest}"
         row["files"] = [folder / f"{stem}-{k + 1}.png" for k in range(options.n)]
         for column in ("Category", "Challenge"):
             if row.get(column):
@@ -220,12 +217,23 @@ def moments(features):
 
 def load_inception(path, device):
     """NVIDIA's TorchScript Inception -> function of pictures (b, 3, H, W) in [0, 1], which it
-    resizes itself, that gives features (b, 2048) on the CPU. SystemExit if it cannot be loaded."""
-    try:   # deprecated by torch, but the file is TorchScript; Python hides the warning by default
-        net = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"--inception {path}: {str(error).splitlines()[0]}")
-    return lambda images: net((255 * images.to(device)).round().byte(), return_features=True).cpu()
+    resizes itself, that gives features (b, 2048) on the CPU. SystemExit if it is something else."""
+    def features(images):
+        return net((255 * images.to(device)).round().byte(), return_features=True).cpu()
+
+    with explain(f"--inception {path}", "NVIDIA's inception-2015-12-05.pt"):
+        net = torch.jit.load(path, device).eval()    # deprecated by torch, but this is TorchScript
+        features(torch.zeros(1, 3, 299, 299))
+    return features
+
+
+def held_out(dataset, n, seed, what):
+    """Yields uint8 pictures (b, 3, S, S) and captions, n samples in all."""
+    steps = -(-n // BATCH)
+    stream = batches(dataset, min(BATCH, n), seed, 0, steps)
+    for images, captions in tqdm(stream, what, steps, leave=False):
+        yield images[:n], captions[:n]
+        n -= BATCH
 
 
 def reference(inception, dataset, n, options):
@@ -242,65 +250,53 @@ def reference(inception, dataset, n, options):
     return vqgan.read(path)
 
 
-def held_out(dataset, n, seed, what):
-    """-> uint8 pictures (b, 3, S, S) and captions: n samples, or all if there are fewer."""
-    n = min(n, len(dataset))
-    steps = math.ceil(n / BATCH)
-    stream = batches(dataset, min(BATCH, n), seed, 0, steps)
-    for images, captions in tqdm(stream, what, steps, leave=False):
-        yield images[:n], captions[:n]
-        n -= BATCH
+def measure(painter, dataset, n, inception=None, guidance=None):
+    """Yields (guidance, candidates, measure), [value of each picture] of n held-out samples, batch
+    after batch. What all have in common, a FID for instance, comes last, n times.
 
-
-def measure(painter, split, dataset, n, table, inception=None, **sampling):
-    """Add to table[split, guidance, candidates, measure] a value for each of n held-out samples.
-
-    Without `sampling`, that overrides guidance, tokenizer and prior are measured as well. What all
-    pictures have in common, a FID for instance, is the value of each."""
-    options, codes, features = painter.options, [], defaultdict(list)
-    guidance = {**painter.sampling, **sampling}["guidance"]
-    candidates = options.rerank or (8 if painter.ranker and sampling else 1)
-    for images, captions in held_out(dataset, n, options.seed, f"{split}, guidance {guidance}"):
+    Without `guidance`, which overrides the usual one, tokenizer, prior and kinds of scenes are
+    measured, too."""
+    options, whole, codes, features = painter.options, guidance is None, [], defaultdict(list)
+    how = painter.sampling if whole else {**painter.sampling, "guidance": guidance}
+    candidates = options.rerank or (1 if whole or not painter.ranker else 8)
+    for images, captions in held_out(dataset, n, options.seed, f"guidance {how.get('guidance')}"):
         made = {}   # (guidance, candidates, what): pictures (b, 3, S, S)
-        if not sampling:
+        if whole:
             real = images.to(painter.device) / 255
-            tokens = painter.vqgan.encode(real)
+            tokens = painter.vqgan.encode(real)                            # (b, N)
             codes.append(tokens.cpu())
-            copy = made["", "", "reconstruction "] = painter.decoder.decode(tokens).clamp(0, 1)
-            decibels = vqgan.psnr(real, copy)
-            table[split, "", "", "tokenizer: PSNR, dB"] += decibels.tolist()
-            table[split, "", "", "tokenizer: MSE"] += (10 ** (-decibels / 10)).tolist()
-        if painter.prior and not sampling:
+            copies = made["", "", "reconstruction "] = painter.decoder.decode(tokens).clamp(0, 1)
+            decibels = vqgan.psnr(real, copies)
+            yield ("", "", "tokenizer: PSNR, dB"), decibels.tolist()
+            yield ("", "", "tokenizer: MSE"), (10 ** (-decibels / 10)).tolist()
+        if whole and painter.prior:
             with painter.autocast:
                 logits = painter.prior(painter.text(captions).to(painter.device), tokens)
             loss = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-            table[split, "", "", "prior: cross-entropy, nats per token"] += loss.tolist()
+            yield ("", "", "prior: cross-entropy, nats per token"), loss.tolist()
         if painter.prior:
-            drawn = painter.draw(captions, candidates, **sampling)
+            drawn = painter.draw(captions, candidates, **how)
             for m in sorted({1, candidates}):
                 pictures, scores = best(*(x[:, :m] for x in drawn), 1)
-                made[guidance, m, ""] = pictures[:, 0]
+                made[how["guidance"], m, ""] = pictures[:, 0]
                 if painter.ranker:
-                    table[split, guidance, m, "text-image cosine"] += scores[:, 0].tolist()
-        for (*how, what), pictures in made.items():
+                    yield (how["guidance"], m, "text-image cosine"), scores[:, 0].tolist()
+        for (*key, what), pictures in made.items():
             if inception:
-                features[*how, "rFID" if what else "FID"].append(inception(pictures))
+                features[*key, "rFID" if what else "FID"].append(inception(pictures))
             for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
                 groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
-                right = bool(check(picture, caption))
-                for group in groups[:1] if sampling else groups:
-                    table[split, *how, f"{what}right: {group}"].append(right)
-    if codes:
-        codes = torch.cat(codes)
-        usage = vqgan.codebook_usage(codes, painter.vqgan.config.codes)
+                for group in groups if whole else groups[:1]:
+                    yield (*key, f"{what}right: {group}"), [bool(check(picture, caption))]
+    if whole:
+        usage = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
         for name, value in zip(("usage, 256 pictures", "perplexity"), usage):
-            table[split, "", "", f"tokenizer: codebook {name}"] = [value] * len(codes)
-    if features and len(codes) > 1:
-        warning = ": degenerate below 2,048, do not compare it" if len(codes) < 2048 else ""
-        say(f"FID of {len(codes)} pictures{warning}")
+            yield ("", "", f"tokenizer: codebook {name}"), [value] * n
+    if inception and n > 1:
+        say(f"FID of {n} pictures" + ", degenerate below 2,048: do not compare it" * (n < 2048))
         real = reference(inception, dataset, n, options)
         for key, parts in features.items():
-            table[split, *key] = [frechet(*real, *moments(parts))] * len(codes)
+            yield key, [frechet(*real, *moments(parts))] * n
 
 
 def evaluate(painter, options):
@@ -308,52 +304,55 @@ def evaluate(painter, options):
     ends the measuring, not the table. The sweep over guidance, with a fifth of the captions, also
     compares best of 8 (or of --rerank) with the first where there is a ranker, and draws the same
     captions at every scale, out/guidance.png."""
-    data = options.data or painter.val.get("data", "")
-    captions = options.captions or ("" if options.data else painter.val.get("captions", ""))
+    seen = {} if options.data else painter.saved.get("val", {})    # the data of training
+    data, captions = options.data or seen.get("data"), options.captions or seen.get("captions")
     inception = load_inception(options.inception, painter.device) if options.inception else None
-    size, n, table = painter.vqgan.config.image_size, options.limit or 512, defaultdict(list)
-    splits = {split: open_data(data, captions, size, prior_crop, split, options.seed)
+    splits = {split: open_data(data, captions, painter.vqgan.config.image_size, prior_crop, split,
+                               options.seed)
               for split in (["held-out"] if data else ["seen", "combination", "pair"])}
+    n, table = min(options.limit or 512, *map(len, splits.values())), defaultdict(list)
+    passes = [(split, dataset, n, inception) for split, dataset in splits.items()]
+    sweep = SWEEP if painter.prior and not data else ()
+    passes += [(f"sweep: {split}", dataset, max(1, n // 5), None, scale)
+               for scale in sweep for split, dataset in splits.items()]
     try:
-        for split, dataset in splits.items():
-            measure(painter, split, dataset, n, table, inception)
-        for scale in SWEEP if painter.prior and not data else ():
-            for split, dataset in splits.items():
-                measure(painter, f"sweep: {split}", dataset, max(1, n // 5), table, guidance=scale)
-        if painter.prior and not data:
+        for split, *how in tqdm(passes, "measurements"):
+            for key, values in measure(painter, *how):
+                table[split, *key] += values
+        if sweep:
             texts = splits["pair"].captions(8)
-            rows = [painter.draw(texts, guidance=scale)[0][:, 0] for scale in SWEEP]
-            labels = [f"guidance {scale}" for scale in SWEEP]
-            save_grid(Path(options.out, "guidance.png"), rows, labels)
+            rows = [painter.draw(texts, guidance=scale)[0][:, 0] for scale in sweep]
+            save_grid(Path(options.out, "guidance.png"), rows, [f"guidance {x}" for x in sweep])
     except KeyboardInterrupt:
         say("stopped; what has been measured so far:")
-    path = Path(options.out, "evaluate.csv")
     names = "split guidance candidates measure n value low high".split()
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerow(names)
+    with open(Path(options.out, "evaluate.csv"), "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
         for key, values in table.items():
-            bounds = wilson(sum(values), len(values)) if isinstance(values[0], bool) else ()
-            row = sum(values) / len(values), *bounds
-            csv.writer(file).writerow([*key, len(values), *row])
+            row = [sum(values) / len(values)]    # and of a share its 95 % interval
+            row += wilson(sum(values), len(values)) if isinstance(values[0], bool) else []
+            writer.writerow([*key, len(values), *row])
             shown = "".join(f"{x:10.4g}" for x in row)
             print("{:18} {!s:4} {!s:3} {:40} {:6}{}".format(*key, len(values), shown))
-    print(f"columns: {', '.join(names)}; low and high: 95 % interval after Wilson. {path}")
+    print(f"columns: {', '.join(names)}; low and high: 95 % interval after Wilson. {file.name}")
 
 
 @torch.no_grad()
 def main():
     options, _, _ = parse(__doc__, Options())
-    if not (options.words or options.prompts or options.evaluate):
-        raise SystemExit('no prompt; try: python sample.py "a red circle above a blue square"')
+    if [bool(options.words), bool(options.prompts), options.evaluate].count(True) != 1:
+        raise SystemExit("no prompt, or too much at once: expected prompts, --prompts FILE or "
+                         '--evaluate; try: python sample.py "a red circle above a blue square"')
     painter = Painter(options)
     if options.evaluate:
         evaluate(painter, options)
     elif options.prompts:
         draw_file(painter, options)
     else:
-        prompts = [prompt.encode(errors="replace").decode() for prompt in options.words]
-        path, labels = Path(options.out, "samples.png"), [" ".join(p.split()) for p in prompts]
-        save_grid(path, painter.paint(prompts), [label or "(no text)" for label in labels])
+        prompts, path = [clean(word) for word in options.words], Path(options.out, "samples.png")
+        labels = [" ".join(prompt.split()) or "(no text)" for prompt in prompts]
+        save_grid(path, painter.paint(prompts), labels)
         print(path)
 
 
