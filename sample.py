@@ -304,8 +304,9 @@ def evaluate(painter, options):
     ends the measuring, not the table. The sweep over guidance, with a fifth of the captions, also
     compares best of 8 (or of --rerank) with the first where there is a ranker, and draws the same
     captions at every scale, out/guidance.png."""
-    seen = {} if options.data else painter.saved.get("val", {})    # the data of training
-    data, captions = options.data or seen.get("data"), options.captions or seen.get("captions")
+    trained = {} if options.data else painter.saved.get("val", {})    # what it was trained on
+    data = options.data or trained.get("data")
+    captions = options.captions or trained.get("captions")
     inception = load_inception(options.inception, painter.device) if options.inception else None
     splits = {split: open_data(data, captions, painter.vqgan.config.image_size, prior_crop, split,
                                options.seed)
