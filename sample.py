@@ -286,8 +286,9 @@ def measure(painter, dataset, n, inception=None, guidance=None):
                 features[*key, "rFID" if what else "FID"].append(inception(pictures))
             for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
                 groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
+                right = bool(check(picture, caption))
                 for group in groups if whole else groups[:1]:
-                    yield (*key, f"{what}right: {group}"), [bool(check(picture, caption))]
+                    yield (*key, f"{what}right: {group}"), [right]
     if whole:
         usage = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
         for name, value in zip(("usage, 256 pictures", "perplexity"), usage):
