@@ -668,7 +668,7 @@ class Recipe:
     decay_from: int = option(0, "step at which the rate begins to fall", least=0)
     final: float = option(0.5, "last rate as a fraction of lr")
     weight_decay: float
-    clip: float = option(math.inf, "largest norm of the gradient")
+    clip: float = option(math.inf, "largest norm of the gradient", most=math.inf)
     seed: int = option(0, "of weights, data and dropout")
     log_every: int = 10
     save_every: int = option(5_000, "steps; evaluates, too")
@@ -760,6 +760,11 @@ def pick(device="auto", dtype="auto", width=0):
     return torch.device(name), torch.bfloat16 if short else torch.float32
 
 
+# What torch's own errors say, and what to do about them.
+ADVICE = {"allocate": "out of memory: lower --batch, raise --accumulate, or choose smaller sizes",
+          "compiler": "--compile needs a compiler of C++: install one, or leave the option out"}
+
+
 def launch(main):
     """Run main(). When processes fail together, the first alone says why; all exit with 1.
 
@@ -775,6 +780,9 @@ def launch(main):
         if isinstance(error, (KeyboardInterrupt, OSError)):    # a full disk, for instance
             raise SystemExit(f"stopped ({str(error) or 'Ctrl-C'}); what was saved is whole, and "
                              "the same command continues")
+        for word, advice in ADVICE.items():
+            if isinstance(error, Exception) and word in str(error):
+                raise SystemExit(f"{advice} ({str(error).splitlines()[0]})")
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -796,10 +804,11 @@ class Run:
     """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv, its loop.
 
     .rank .world .main (is this rank 0?) .device .dtype .autocast .saved (the checkpoint to continue
-    from, or None) .start (steps done before) .content (what each checkpoint holds besides step,
-    networks and optimizers) .stopping .skipped (steps that were not finite). Plain `python` is one
-    process; torchrun brings more (gloo on CPU, NCCL on CUDA). Order: Run, `resume`, `together`,
-    `train`; all processes call them together. read: path -> dict, or SystemExit if it is damaged.
+    from, or None; `together` frees it) .start (steps done before) .content (what each checkpoint
+    holds besides step, networks and optimizers) .stopping .skipped (steps that were not finite).
+    Plain `python` is one process; torchrun brings more (gloo on CPU, NCCL on CUDA). Order: Run,
+    `resume`, `together`, `train`; all processes call them together. read: path, dict -> dict, or
+    SystemExit if the file is damaged or none.
     """
 
     def __init__(self, options, recipe, name, width, read):
@@ -820,7 +829,8 @@ class Run:
         self.stopping, self.tracker = False, None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary.unlink(missing_ok=True)    # a kill left it
+            self.temporary.touch()    # or it is there already: a kill left it
+            self.temporary.unlink(missing_ok=True)
             if options.wandb and self.main:
                 import wandb
                 self.tracker = wandb.init(project="parti", name=name, dir=options.out)
@@ -830,7 +840,7 @@ class Run:
         # A kill between the two renames of `save` leaves only the previous checkpoint.
         path = self.path if self.path.exists() else self.previous
         found = torch.tensor(float(path.exists() and not options.fresh), device=self.device)
-        self.saved = read(path) if average(found) else None    # by all processes, or by none
+        self.saved = read(path, dict) if average(found) else None    # by all, or by none
 
     def resume(self, config, *fixed):
         """Say what is continued, and from here on let SIGTERM and Ctrl-C only set .stopping.
@@ -847,7 +857,7 @@ class Run:
             if {*config, *fixed} & {*names}:
                 raise SystemExit(f"{self.path} has another configuration ({changed}); use the same "
                                  "options, another --out, or --fresh")
-            self.start, steps = self.saved["step"], self.recipe.steps
+            self.start, steps = self.saved.get("step", 0), self.recipe.steps
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
             say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
         if self.main and self.csv.exists() and not self.saved:
@@ -882,6 +892,7 @@ class Run:
             if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
                 network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
             self.parts[key] = network, optimizer
+        self.saved = None    # training needs the memory
         return [network for network, _ in self.parts.values()]
 
     def log(self, step, row):
@@ -932,8 +943,8 @@ class Run:
         self.skipped += bad
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row == 20:
-            raise SystemExit(f"20 steps in a row were not finite; {self.path} holds the last good "
-                             "state: lower --lr, or use --dtype float32")
+            raise SystemExit("20 steps in a row were not finite, and changed nothing: lower --lr, "
+                             f"or --dtype float32, and continue {self.path}, if it was saved yet")
         return not bad, stop
 
     def train(self, stream, losses_of, evaluate, measures):
@@ -996,4 +1007,5 @@ class Run:
                     state[key], state[OPTIMIZERS[key]] = dcp.get_state_dict(*part, options=WHOLE)
                 self.save(step, state)
             if stop:
+                say(f"stopped after step {step}; the same command continues")
                 break

@@ -124,7 +124,7 @@ def main():
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
     run = data.Run(options, recipe, options.stage, config.width, vqgan.read)
-    tokenizer = vqgan.load(options.vqgan or f"{options.out}/vqgan.pt")
+    tokenizer = vqgan.load(options.vqgan or run.path.with_name("vqgan.pt"))
     tokenizer = tokenizer.requires_grad_(False).to(run.device)
     size, codes, grid = (getattr(tokenizer.config, x) for x in ("image_size", "codes", "grid"))
     train, held_out = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
@@ -146,6 +146,7 @@ def main():
                     "patch": tokenizer.config.patch, "vqgan": options.vqgan, "sampling": sampling,
                     "val": {"data": options.data, "captions": options.captions}}
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
+    del there, warm    # training needs the memory
     sharded = options.fsdp and run.world > 1
     if sharded:
         shard(model, run)

@@ -43,7 +43,7 @@ class Recipe(data.Recipe):
     perceptual: float = 0.1
     adversarial: float = 0.1
     r1: float = 10.0                # gamma of the discriminator's penalty, every 16th step
-    channels: int = 16384           # base of the discriminator's widths
+    channels: int = option(16384, "base of the discriminator's widths", least=128)
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
     autoencoder: float = option(0.0, "share of steps before k-means starts the codebook", most=1)
@@ -76,7 +76,7 @@ def build(run, config):
     if config != vqgan.PRESETS[options.preset]:
         raise SystemExit(f"--stage {options.stage} takes the sizes from the tokenizer's file: "
                          "leave out the options that set them")
-    tokenizer = vqgan.load(options.vqgan or f"{options.out}/vqgan.pt").requires_grad_(False)
+    tokenizer = vqgan.load(options.vqgan or run.path.with_name("vqgan.pt")).requires_grad_(False)
     if options.stage == "upsampler":
         sizes = {"scale": options.scale, "width": recipe.up_width, "blocks": recipe.up_blocks}
         return vqgan.Upsampler(**sizes), sizes, tokenizer.to(run.device)
@@ -208,7 +208,8 @@ def main():
     size = config.image_size * (options.scale if tokenizer else 1)
     train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
-    critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
+    with data.explain("--image-size", "8, 16, 32 ..., or --adversarial 0"):
+        critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
     lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     run.resume(sizes)
     networks = {"model": model, "discriminator": critic} if critic else {"model": model}
