@@ -815,8 +815,7 @@ class Run:
         self.options, self.recipe, self.name = options, recipe, name
         self.device, self.dtype = pick(options.device, options.dtype, width)
         self.autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         if recipe.batch % (self.world * recipe.accumulate):
             raise SystemExit(f"--batch {recipe.batch}: expected a multiple of {self.world} "
@@ -865,8 +864,7 @@ class Run:
         elif self.main and self.csv.exists():
             content = self.csv.read_bytes()
             os.truncate(self.csv, content.rfind(b"\n") + 1)    # a kill may have torn the last row
-            steps = re.findall(rb"^(\d+),.*\n", content, re.MULTILINE)
-            self.logged = int(steps[-1]) if steps else 0
+            self.logged = int([0, *re.findall(rb"^(\d+),.*\n", content, re.MULTILINE)][-1])
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
 
@@ -1007,5 +1005,4 @@ class Run:
                     state[key], state[OPTIMIZERS[key]] = dcp.get_state_dict(*part, options=WHOLE)
                 self.save(step, state)
             if stop:
-                say(f"stopped after step {step}; the same command continues")
                 break
