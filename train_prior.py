@@ -124,6 +124,8 @@ def main():
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
     run = data.Run(options, recipe, options.stage, config.width, vqgan.read)
+    if options.fsdp and run.world == 1:
+        raise SystemExit("--fsdp shards over processes: start several with torchrun")
     tokenizer = vqgan.load(options.vqgan or run.path.with_name("vqgan.pt"))
     tokenizer = tokenizer.requires_grad_(False).to(run.device)
     size, codes, grid = (getattr(tokenizer.config, x) for x in ("image_size", "codes", "grid"))
@@ -147,8 +149,7 @@ def main():
                     "val": {"data": options.data, "captions": options.captions}}
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
     del there, warm    # training needs the memory
-    sharded = options.fsdp and run.world > 1
-    if sharded:
+    if options.fsdp:
         shard(model, run)
     [network] = run.together({"model": model}, make_optimizer)
 
@@ -167,7 +168,7 @@ def main():
                              run.rank, run.world, text=text)
         with run.autocast:
             losses = torch.stack([next(losses_of(0, *part))["loss"] for part in parts])
-        if options.stage == "prior" and run.main and not sharded:
+        if options.stage == "prior" and run.main and not options.fsdp:
             captions = held_out.captions(8)
             seed = torch.Generator(run.device).manual_seed(recipe.seed)
             prompts = text(captions).repeat_interleave(4, 0).to(run.device)
