@@ -741,8 +741,8 @@ def say(message):
 def pick(device="auto", dtype="auto", width=0):
     """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice.
 
-    width: of the matrices to train with, 0 when sampling. On a CPU bfloat16 pays for wide ones
-    alone (the tiny prior's step takes 1.4 times as long), and only with instructions for it.
+    width: of the matrices. On a CPU bfloat16 pays for wide ones alone (the tiny prior's step takes
+    1.4 times as long), and only with instructions for it.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
     here = ["cuda"] * (local < torch.cuda.device_count())

@@ -216,7 +216,7 @@ class CachedDecoder:
 
     With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
     a ring of that many positions and the cost of a token does not grow with its position. Weights
-    are kept in the type of autocast; norms, the sum over the blocks and logits are float32.
+    are kept in the type of autocast, on a GPU the cache, too; all else, as norms, is float32.
     guided: the batch is doubled, and its second half has no text."""
 
     def __init__(self, prior, text, guided=False):
@@ -226,7 +226,8 @@ class CachedDecoder:
             nothing, one = prior.encoder(torch.zeros_like(text[:1, :1]))
             words = torch.cat([words, nothing.expand_as(words)])  # (2B, T, D)
             lengths = torch.cat([lengths, one.expand_as(lengths)])
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else words.dtype
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else words.dtype
+        dtype = words.dtype if text.is_cpu else half  # of the cache
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()
         behind, _ = span(True, config.kernel, config.grid, config.tokens)
@@ -245,11 +246,9 @@ class CachedDecoder:
             # Keys and values (2, B * H, T, d) of the text; room for those of the picture.
             pair = apart(cross.kv(words).to(dtype), 2, config.heads)
             kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
-            *maps, down = [w.to(dtype) for w in maps]
-            if by_columns(down):  # its rows are long
-                part = math.gcd(512, config.mlp)
-                down = down.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
-            self.layers.append((block, [*maps, down], pair, kept))
+            maps = [multiplier(weight, half, len(words)) for weight in maps]
+            self.layers.append((block, maps, pair, kept))
+        self.head = multiplier(prior.head.weight, words.dtype, len(words))
 
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
@@ -270,14 +269,14 @@ class CachedDecoder:
         back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
         seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            qkv = apart(times(qkv, block.norm1(x))[:, None], 3, config.heads)  # (3, B * H, 1, d)
+            qkv = apart(qkv(block.norm1(x))[:, None], 3, config.heads).to(kept)  # (3, B * H, 1, d)
             kept[:, :, slot] = qkv[1:]
             y = attention(qkv[0], *kept[:, :, : self.filled], mask=seen)  # (B * H, 1, d)
-            x += times(out, y.view(x.shape))
-            q = apart(times(query, block.norm2(x))[:, None], 1, config.heads)[0]
-            x += times(mix, attention(q, *words, mask=self.inside).view(x.shape))
-            x += times(down, F.gelu(times(up, block.norm3(x))))
-        return times(self.prior.head.weight, self.prior.norm(x)).float()
+            x += out(y.view(x.shape))
+            q = apart(query(block.norm2(x))[:, None], 1, config.heads).to(kept)[0]
+            x += mix(attention(q, *words, mask=self.inside).view(x.shape))
+            x += down(F.gelu(up(block.norm3(x))))
+        return self.head(self.prior.norm(x))
 
 
 def apart(x, parts, heads):
@@ -285,21 +284,28 @@ def apart(x, parts, heads):
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 
 
-def by_columns(weight):
-    """Whether `times` multiplies as W x^T."""
-    return weight.is_cpu and weight.dtype == torch.float32
+def multiplier(weight, dtype, rows):
+    """-> a function of x (rows, n_in) that gives weight (n_out, n_in) times each row, (rows, n_out)
+    float32. Few rows take as long as reading the weight, kept in dtype; then a CPU has better ways.
 
+    In float32 MKL multiplies W x^T four times faster than x W^T; long columns come in blocks (n_in
+    / 512, n_out, 512). Half precision is FBGEMM's: weights in float16, sums in float32."""
+    if weight.is_cpu and dtype == torch.float32:
+        part = math.gcd(512, weight.shape[1])
+        blocks = weight.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
+        if len(blocks) == 1:
+            return lambda x: (weight @ x.contiguous().t()).t()
 
-def times(weight, x):
-    """weight (n_out, n_in) times each row of x (B, n_in) -> (B, n_out), for few rows.
+        def by_blocks_of_columns(x):
+            columns = x.contiguous().unflatten(1, (-1, part)).permute(1, 2, 0)
+            return torch.bmm(blocks, columns).sum(0).t()
 
-    On a CPU in float32 as W x^T: MKL multiplies a matrix by two columns four times faster than two
-    rows by a matrix, near the speed of memory while columns are short. Long ones come in blocks,
-    weight (blocks, n_out, part of n_in)."""
-    x = x.to(weight.dtype).contiguous()
-    if weight.ndim == 3:
-        return torch.bmm(weight, x.unflatten(1, (len(weight), -1)).permute(1, 2, 0)).sum(0).t()
-    return (weight @ x.t()).t() if by_columns(weight) else F.linear(x, weight)
+        return by_blocks_of_columns
+    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)
+    weight = weight.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight).float()
 
 
 # --- sampling ------------------------------------------------------------------------------------

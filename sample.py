@@ -66,9 +66,6 @@ class Painter(torch.nn.Module):
         out, self.options = Path(options.out), options
         self.prior = self.ranker = self.upsampler = None
         self.saved, self.sampling = {}, {}
-        self.device, dtype = pick(options.device, options.dtype)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        self.generator = torch.Generator(self.device).manual_seed(options.seed)
         if not options.evaluate or (out / "prior.pt").exists():
             self.prior, self.saved = vqgan.restore(
                 out / "prior.pt", lambda saved: Parti(PriorConfig(**saved["config"])))
@@ -77,6 +74,10 @@ class Painter(torch.nn.Module):
 
         path = options.vqgan or self.saved.get("vqgan") or out / "vqgan.pt"
         self.vqgan = self.decoder = vqgan.load(path)
+        width = (self.prior or self.vqgan).config.width
+        self.device, dtype = pick(options.device, options.dtype, width)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.generator = torch.Generator(self.device).manual_seed(options.seed)
         has, needs = self.vqgan.config, (self.prior or self.vqgan).config
         if (has.codes, has.grid) != (needs.codes, needs.grid):
             raise SystemExit(f"{path} has {has.codes} codes, grid {has.grid}; the prior has "
