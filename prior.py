@@ -812,8 +812,8 @@ def benchmark(device):
             spent = taken / grid**2  # one step: a token of each picture
             # A step reads all maps but that of the text, keys and values of two streams, the head.
             kept = 64 + min(grid**2, span(True, config.kernel, grid, 0)[0] + 1)  # words, picture
-            blocks = 8 * (14 * 512**2 + 2 * 2 * batch * kept * 512) * dtype.itemsize
-            share = (blocks + 8_192 * 512 * 4) / bandwidth / spent
+            cache = 8 * 2 * 2 * batch * kept * 512 * (dtype.itemsize if cuda else 4)
+            share = (8 * 14 * 512**2 * dtype.itemsize + cache + 8_192 * 512 * 4) / bandwidth / spent
             print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {batch / spent:6,.0f} "
                   f"tokens/s, {spent * 1e3:.1f} ms a step, {share:.0%} of memory")
 

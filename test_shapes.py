@@ -2377,12 +2377,12 @@ def cached_is_uncached(kernel, guided, atol):
         assert torch.allclose(logits, whole[:, i], atol=atol), f"slots at {i} are not yet filled"
 
 
-@pytest.mark.parametrize("dtype, rows", [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 17)])
 @pytest.mark.parametrize("n_in", [48, 1024])
-def test_few_rows_are_multiplied_alike(dtype, rows, n_in):
+@pytest.mark.parametrize("short, rows", [(False, 2), (True, 2), (True, 17)])
+def test_few_rows_are_multiplied_alike(short, rows, n_in):
     weight, x = torch.randn(24, n_in), torch.randn(rows, n_in) * n_in**-0.5
-    y = prior.multiplier(weight, dtype, rows)(x)
-    torch.testing.assert_close(y, x @ weight.T, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+    y = prior.multiplier(weight, torch.bfloat16 if short else torch.float32, rows)(x)
+    torch.testing.assert_close(y, x @ weight.T, atol=0.03 if short else 1e-5, rtol=0)
 
 
 @torch.no_grad()
