@@ -107,28 +107,28 @@ class Scenes:
 
     def _compose(self, rng):
         """-> what `read_caption` reads, with every size, and a caption."""
-        def pick(choices):
+        def choose(choices):
             return list(choices)[rng.integers(len(choices))]
 
         about = rng.choice(list(KINDS), p=list(KINDS.values()))
         related = about == "relation" or self.group != "common"
         while True:
-            things = [(pick(COLOURS), pick(SHAPES)) for _ in range(1 + related)]
-            relation = pick(RELATIONS) if related else None
+            things = [(choose(COLOURS), choose(SHAPES)) for _ in range(1 + related)]
+            relation = choose(RELATIONS) if related else None
             if not related or group(things[0], relation, things[1]) == self.group:
                 break
-        objects = [(pick(SIZES), *thing) for thing in things]
+        objects = [(choose(SIZES), *thing) for thing in things]
         nouns = [" ".join(words if rng.integers(2) else words[1:]) for words in objects]
         caption = f"a {nouns[0]}"
         if related:
-            caption += f" {pick(RELATIONS[relation])} a {nouns[1]}"
+            caption += f" {choose(RELATIONS[relation])} a {nouns[1]}"
         elif about == "counts":
-            number = pick(NUMBERS)
+            number = choose(NUMBERS)
             caption = f"{number} {nouns[0]}{'es' if nouns[0].endswith('s') else 's'}"
             objects *= NUMBERS[number]
-        background = pick(BACKGROUNDS)
+        background = choose(BACKGROUNDS)
         if background != "white" or rng.integers(2):    # white may go without saying
-            caption += pick((" on {}", " on a {} background")).format(background)
+            caption += choose((" on {}", " on a {} background")).format(background)
         return objects, relation, background, caption.replace("a orange", "an orange")
 
     def _draw(self, objects, boxes, background):
@@ -179,7 +179,7 @@ def read_caption(caption):
     thing = rf"(?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?"
     match = re.fullmatch(rf"(an?|two|three) {thing}(?: ({'|'.join(names)}) an? {thing})?"
                          rf"(?: on (?:a )?({'|'.join(BACKGROUNDS)})(?: background)?)?", caption)
-    if not match:
+    if not match or match[1] in NUMBERS and match[5]:
         raise ValueError(f"not a caption of the built-in scenes: {caption!r}")
     number, *first, word, size, colour, shape, background = match.groups()
     objects = [tuple(first)] + [(size, colour, shape)] * bool(word)
@@ -204,9 +204,10 @@ def _regions(mask):
 
 
 def _recognise(image, background):
-    """[(size, colour, shape, centre)] of a float (S,S,3) picture in 0..255: what must be drawn to
-    get this picture. Empty if anything in it is not an object, well formed and in one colour."""
-    cell, plain, objects = len(image) // GRID, np.float32(BACKGROUNDS[background]), []
+    """Yields (size, colour, shape, centre) of each object in a float (S,S,3) picture in 0..255:
+    what must be drawn to get it. One not well formed and in one colour has the shape "malformed".
+    """
+    cell, plain = len(image) // GRID, np.float32(BACKGROUNDS[background])
     image = image - plain    # 0 where the background is
     tones = {name: np.float32(rgb) - plain for name, rgb in COLOURS.items()}
     for region in _regions(abs(image).max(-1) > 40):
@@ -218,36 +219,35 @@ def _recognise(image, background):
         cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
         y, x = ((places.min() + places.max() + 1) / 2 for places in np.nonzero(region))
         fits = []
-        for size, shape in product(SIZES, SHAPES):
+        for size, shape, up, over in product(SIZES, SHAPES, *[(math.floor, math.ceil)] * 2):
             drawn = stencil(shape, SIZES[size] * cell)
-            top, left = (round(middle - len(drawn) / 2) for middle in (y, x))
+            top, left = up(y - len(drawn) / 2), over(x - len(drawn) / 2)
             box = np.s_[top : top + len(drawn), left : left + len(drawn)]
             if cover[box].shape == drawn.shape:    # else this size would stick out of the picture
                 missed = abs(cover[box] - drawn).sum() + len(pixels) - region[box].sum()
                 fits.append((missed / drawn.sum(), size, shape))
         error, size, shape = min(fits, default=(1.0, None, None))
-        if gap > 35 or error > 0.15:
-            return []
-        objects.append((size, colour, shape, (x, y)))
-    return objects
+        yield size, colour, shape if gap <= 35 and error <= 0.15 else "malformed", (x, y)
 
 
 def check(image, caption):
     """Does the picture show just what the caption says: every object, its colour, shape and size
     where named, number, relation, background (white unless named), and nothing else?
 
-    image: uint8 (S,S,3) or float tensor (3,S,S) in [0,1], S a multiple of 8. Decides from these
-    two alone. Raises ValueError for a caption that is not one of the built-in scenes'.
+    image: uint8 (S,S,3), or a tensor (3,S,S), uint8 or float in [0,1]; S a multiple of 8, at least
+    56: below that neighbours touch. Decides from these two alone. Raises ValueError for a caption
+    that is not one of the built-in scenes'.
     """
     if isinstance(image, torch.Tensor):
-        image = image.detach().float().clamp(0, 1).mul(255).permute(1, 2, 0).cpu().numpy()
+        whole = 255 if image.is_floating_point() else 1
+        image = image.detach().float().mul(whole).clamp(0, 255).permute(1, 2, 0).cpu().numpy()
     wanted, relation, background = read_caption(caption)
-    found = _recognise(image.astype(np.float32), background)
+    found = list(_recognise(image.astype(np.float32), background))
     return len(found) == len(wanted) and any(
         all(size in (None, got[0]) and (colour, shape) == got[1:3]
-            for (size, colour, shape), got in zip(wanted, order))
-        and (relation is None or _related(order[0][3], order[1][3], relation))
-        for order in (found, found[::-1]))
+            for (size, colour, shape), got in zip(wanted, things))
+        and (relation is None or _related(things[0][3], things[1][3], relation))
+        for things in (found, found[::-1]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def _index(path):
                     files[inner] = File(file, stem, member.offset_data, member.size)
                 if _read(File(file, "", shard.offset, 512)) != bytes(512):
                     raise ValueError("cut short or damaged")    # tarfile takes any end for the end
-    return {name: files[name] for name in sorted(files) if basename(name)[0] != "."}
+    return {name: files[name] for name in sorted(files) if "/." not in "/" + name}
 
 
 def _rows(name, file):
@@ -441,15 +441,14 @@ class Pictures:
         if not names:
             raise SystemExit(f"--data {path}: no picture there; expected a folder or a .tar file "
                              f"that exists, with {' '.join(EXTENSIONS)}")
-        lists = {name: file for name, file in self.files.items() if basename(name) in LISTS}
+        lists = {str(captions): File(captions)} if captions else {
+            name: file for name, file in self.files.items() if basename(name) in LISTS}
         beside = {file.stem: name for name, file in self.files.items()
                   if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
         # {picture: its captions, or the name of the file beside it that holds them}
         self.texts = {name: beside.get(self.files[name].stem, []) for name in names}
-        if captions:
-            self.texts = _listed(names, {str(captions): File(captions)}, anywhere=True)
-        elif lists:
-            self.texts = _listed(names, lists)
+        if lists:
+            self.texts = _listed(names, lists, anywhere=bool(captions))
         elif not any(self.texts.values()):
             self.texts = {name: [_folder(name)] for name in names}
         train = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50}
@@ -468,9 +467,9 @@ class Pictures:
         return self.crop(image, self.size, rng), captions[rng.integers(len(captions))]
 
     def captions(self, n):
-        """At most n captions, spread evenly over the pictures: list[str]."""
-        names = self.names[:: max(1, len(self) // n)]
-        return [caption for name in names for caption in self._captions(name)][:n]
+        """At most n captions, spread evenly over all: list[str]."""
+        names = spread(self.names, n)
+        return spread([caption for name in names for caption in self._captions(name)], n)
 
     def _captions(self, name):
         """All captions of a picture: at least one, which may be empty."""
@@ -481,6 +480,12 @@ class Pictures:
             except Exception:    # a .json without a caption, or no JSON
                 texts = []
         return [clean(text) for text in texts] or [""]
+
+
+def spread(items, n):
+    """At most n items of a list, spread evenly over it."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def _folder(name):
@@ -568,11 +573,9 @@ class Text:
 # ---------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
-def order(dataset, seed, epoch):
-    """The indices of an epoch: a permutation of the pictures; scenes never repeat."""
-    if isinstance(dataset, Scenes):
-        return range(epoch * len(dataset), (epoch + 1) * len(dataset))
-    return np.random.default_rng((seed, epoch, 1)).permutation(len(dataset))
+def shuffled(n, seed, epoch):
+    """The order of n pictures in an epoch."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(n)
 
 
 class Stream(torch.utils.data.Dataset):
@@ -589,8 +592,9 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, position):
         rng, bad = np.random.default_rng((self.seed, position)), ""
         for later in range(position, position + 100):    # a bad file gives way to the next one
-            epoch, place = divmod(later, len(self.dataset))
-            index = order(self.dataset, self.seed, epoch)[place]
+            epoch, index = divmod(later, len(self.dataset))
+            index = (later if isinstance(self.dataset, Scenes) else    # these never repeat
+                     shuffled(len(self.dataset), self.seed, epoch)[index])
             try:
                 pixels, caption = self.dataset.sample(index, rng)                 # (S,S,3)
                 caption = "" if rng.random() < self.drop else caption
@@ -620,13 +624,14 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
         Stream(dataset, seed, drop), batch_sampler=positions, num_workers=workers,
         worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
-    known = set()
+    known = vars(dataset).setdefault("bad", set())    # named once, however often it is read
     for step, (images, captions, bad) in enumerate(loader, 1):
         for line in set("".join(bad).splitlines()) - known:
             known.add(line)
             tqdm.write(f"skipped a bad picture ({len(known)} so far): {line}")
-        most = 0.02 * min(len(dataset), max(step * len(captions), 10_000))
-        if len(known) > most or max(lines.count("\n") for lines in bad) >= 100:
+        read = max(step * len(captions), 10_000)
+        if known and (len(known) > 0.02 * min(len(dataset.texts), read)
+                      or max(lines.count("\n") for lines in bad) >= 100):
             those = "; ".join(sorted(known)[:100])
             raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {those}")
         yield images, text(captions) if text else list(captions)
@@ -637,8 +642,8 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
 # ---------------------------------------------------------------------------------------------
 
 def option(default, help, **more):
-    """A field of a dataclass that `parse` turns into an option. more: choices; most, its largest
-    value; least, when that is not 1 for a whole number whose default is above 0, and else 0."""
+    """A field of a dataclass that `parse` turns into an option. more: choices; most and least, the
+    bounds of a number, where the least is not 0, nor 1 for a whole one with a default above 0."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -725,11 +730,9 @@ def parse(description, options, presets=NONE, recipes=NONE, large="tiny", argv=N
         if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: expected a number from {least} to {most}")
     preset = given.setdefault("preset", large if given.get("data") else "tiny")
-    try:
+    with explain("these sizes", "ones that fit; --help lists the options"):
         return [dataclasses.replace(part, **{key: given[key] for key in vars(part) & given.keys()})
                 for part in (options, presets[preset], recipes[preset])]
-    except ValueError as error:
-        fail(str(error))
 
 
 def say(message):
@@ -745,12 +748,14 @@ def pick(device="auto", dtype="auto", width=0):
     1.4 times as long), and only with instructions for it.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
-    here = ["cuda"] * (local < torch.cuda.device_count())
-    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    cards = torch.cuda.device_count()
+    here = ["cuda"] * (cards > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = here[0] if device == "auto" else device
     if name not in here or dtype not in ("auto", "float32", "bfloat16"):
-        raise SystemExit(f"--device {device} --dtype {dtype}: expected on this machine (process "
-                         f"{local}) auto, {', '.join(here)}; and auto, float32, bfloat16")
+        raise SystemExit(f"--device {device} --dtype {dtype}: expected on this machine auto, "
+                         f"{', '.join(here)}; and auto, float32, bfloat16")
+    if name == "cuda" and local >= cards:
+        raise SystemExit(f"process {local} has no GPU: give --nproc-per-node {cards} at most")
     fast = name == "cpu" and width >= 512 and (
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     if name == "cuda":
@@ -761,7 +766,8 @@ def pick(device="auto", dtype="auto", width=0):
 
 
 # What torch's own errors say, and what to do about them.
-ADVICE = {"allocate": "out of memory: lower --batch, raise --accumulate, or choose smaller sizes",
+ADVICE = {"allocate": "out of memory: lower --batch or --n, raise --accumulate, or choose smaller "
+                      "sizes",
           "compiler": "--compile needs a compiler of C++: install one, or leave the option out"}
 
 
@@ -826,37 +832,36 @@ class Run:
             Path(options.out, name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
         self.start = self.skipped = self.in_a_row = self.logged = 0
         self.stopping, self.tracker = False, None
-        try:
+        with explain(f"--out {options.out}", "a folder to write into; for --wandb the package, pip "
+                     "install wandb, and a login"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.temporary.touch()    # or it is there already: a kill left it
             self.temporary.unlink(missing_ok=True)
             if options.wandb and self.main:
                 import wandb
                 self.tracker = wandb.init(project="parti", name=name, dir=options.out)
-        except (OSError, ImportError) as error:
-            raise SystemExit(f"cannot begin ({error}): --out takes a folder to write into, "
-                             "--wandb needs the package, pip install wandb")
         # A kill between the two renames of `save` leaves only the previous checkpoint.
         path = self.path if self.path.exists() else self.previous
         found = torch.tensor(float(path.exists() and not options.fresh), device=self.device)
         self.saved = read(path, dict) if average(found) else None    # by all, or by none
 
-    def resume(self, config, *fixed):
+    def resume(self, config, *fixed, **more):
         """Say what is continued, and from here on let SIGTERM and Ctrl-C only set .stopping.
 
-        config: a plain dict. SystemExit for a checkpoint with other values of its fields, or of the
-        fields of the recipe in `fixed`; that others have changed is pointed out.
+        config: a plain dict. SystemExit for a checkpoint with other values of its fields, of `more`
+        or of the fields of the recipe in `fixed`; that others have changed is pointed out.
         """
-        self.content = {"config": config, "recipe": dataclasses.asdict(self.recipe)}
+        self.content = {"config": config, "recipe": dataclasses.asdict(self.recipe), **more}
         if self.saved:
-            here = config | self.content["recipe"]
-            there = self.saved.get("config", {}) | self.saved.get("recipe", {})
+            here = config | self.content["recipe"] | more
+            there = self.saved | self.saved.get("config", {}) | self.saved.get("recipe", {})
             names = [name for name in here if there.get(name) != here[name]]
             changed = "; ".join(f"{x} {there.get(x)} there, {here[x]} here" for x in names)
-            if {*config, *fixed} & {*names}:
+            if {*config, *fixed, *more} & {*names}:
                 raise SystemExit(f"{self.path} has another configuration ({changed}); use the same "
                                  "options, another --out, or --fresh")
             self.start, steps = self.saved.get("step", 0), self.recipe.steps
+            self.skipped = self.saved.get("skipped", 0)
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
             say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
         if self.main and self.csv.exists() and not self.saved:
@@ -879,12 +884,10 @@ class Run:
         for key, network in networks.items():
             optimizer = make_optimizer(network.to(self.device), self.recipe)
             if self.saved:
-                try:
+                with explain(f"{self.path} cannot be continued, its {key} or the optimizer differs",
+                             "those of this command: another --out, or --fresh"):
                     dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
                                        optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
-                except (LookupError, RuntimeError) as error:
-                    raise SystemExit(f"{self.path} cannot be continued, its {key} or the optimizer "
-                                     f"differs ({str(error)[:99]!r}): another --out, or --fresh")
             if self.options.compile and key == "model":    # a critic needs second derivatives
                 network.compile()
             if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
@@ -919,7 +922,7 @@ class Run:
             return
         try:
             with open(self.temporary, "wb") as file:
-                torch.save(self.content | {"step": step} | state, file)
+                torch.save(self.content | {"step": step, "skipped": self.skipped} | state, file)
                 file.flush()
                 os.fsync(file.fileno())
             if self.path.exists():

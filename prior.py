@@ -78,9 +78,9 @@ MASK = 1  # hides a token in pretraining: SentencePiece's "unknown", free as byt
 # --- the transformer -----------------------------------------------------------------------------
 
 
-def split_heads(x, heads):
-    """(B, N, H * d) -> (B, H, N, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def split_heads(x, parts, heads):
+    """(B, N, parts * D) -> (parts, B, H, N, d): queries, keys, values."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Attention(nn.Module):
@@ -94,8 +94,9 @@ class Attention(nn.Module):
 
     def forward(self, x, context, **rule):
         """x (B, Nq, D), context (B, Nk, D) -> (B, Nq, D). rule: see `attention`."""
-        k, v = split_heads(self.kv(context), 2 * self.heads).chunk(2, dim=1)  # (B, H, Nk, d)
-        y = attention(split_heads(self.q(x), self.heads), k, v, **rule)  # (B, H, Nq, d)
+        [q] = split_heads(self.q(x), 1, self.heads)  # (B, H, Nq, d)
+        k, v = split_heads(self.kv(context), 2, self.heads)  # (B, H, Nk, d)
+        y = attention(q, k, v, **rule)  # (B, H, Nq, d)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, Nq, D)
 
 
@@ -215,8 +216,8 @@ class CachedDecoder:
     not computed again, and those of the text are computed once.
 
     With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
-    a ring of that many positions and the cost of a token does not grow with its position. Weights
-    are kept in the type of autocast, on a GPU the cache, too; all else, as norms, is float32.
+    a ring of that many positions and the cost of a token does not grow with its position. Under
+    autocast weights are kept in half precision, on a GPU the cache, too; all else is float32.
     guided: the batch is doubled, and its second half has no text."""
 
     def __init__(self, prior, text, guided=False):
@@ -244,7 +245,7 @@ class CachedDecoder:
             maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
                     cross.out.weight, block.up.weight, block.down.weight)
             # Keys and values (2, B * H, T, d) of the text; room for those of the picture.
-            pair = apart(cross.kv(words).to(dtype), 2, config.heads)
+            pair = split_heads(cross.kv(words).to(dtype), 2, config.heads).flatten(1, 2)
             kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
             maps = [multiplier(weight, half, len(words)) for weight in maps]
             self.layers.append((block, maps, pair, kept))
@@ -253,54 +254,45 @@ class CachedDecoder:
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
         with torch.autocast(tokens.device.type, enabled=False):
+            here = torch.tensor([i], device=tokens.device)
             if not tokens.is_cuda:
                 self.filled = min(i + 1, self.size)  # slots worth reading
-                return self.step(i, tokens)
-            here = torch.tensor([i], device=tokens.device)
-            if i == 0:  # a graph of all kernels of a step, launched as one, over all slots
+            elif i == 0:  # a graph of all kernels of a step, launched as one, over all slots
                 self.step = torch.cuda.make_graphed_callables(self.step, (here, tokens))
             return self.step(here, tokens)
 
     def step(self, i, tokens):
-        """The same; with i a tensor (1,), so that one CUDA graph serves every position."""
-        config, slot = self.prior.config, i % self.size
-        slot = slot if torch.is_tensor(i) else slice(slot, slot + 1)
+        """The same; i is a tensor (1,), so that one CUDA graph serves every position."""
+        slot, heads = i % self.size, self.prior.config.heads
         x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
         back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
         seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
         for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            qkv = apart(qkv(block.norm1(x))[:, None], 3, config.heads).to(kept)  # (3, B * H, 1, d)
-            kept[:, :, slot] = qkv[1:]
+            # Query, key and value of this position, each head a matrix: (3, B * H, 1, d).
+            qkv = split_heads(qkv(block.norm1(x))[:, None], 3, heads).flatten(1, 2).to(kept)
+            kept.index_copy_(2, slot, qkv[1:])
             y = attention(qkv[0], *kept[:, :, : self.filled], mask=seen)  # (B * H, 1, d)
             x += out(y.view(x.shape))
-            q = apart(query(block.norm2(x))[:, None], 1, config.heads).to(kept)[0]
+            q = query(block.norm2(x)).reshape(qkv[0].shape).to(kept)  # (B * H, 1, d)
             x += mix(attention(q, *words, mask=self.inside).view(x.shape))
             x += down(F.gelu(up(block.norm3(x))))
         return self.head(self.prior.norm(x))
-
-
-def apart(x, parts, heads):
-    """(B, N, parts * D) -> (parts, B * H, N, d): queries, keys, values, each head a matrix."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
 
 
 def multiplier(weight, dtype, rows):
     """-> a function of x (rows, n_in) that gives weight (n_out, n_in) times each row, (rows, n_out)
     float32. Few rows take as long as reading the weight, kept in dtype; then a CPU has better ways.
 
-    In float32 MKL multiplies W x^T four times faster than x W^T; long columns come in blocks (n_in
-    / 512, n_out, 512). Half precision is FBGEMM's: weights in float16, sums in float32."""
+    In float32 MKL multiplies W x^T faster than x W^T, for two rows up to four times; long columns
+    come in blocks (n_in / 512, n_out, 512). Half precision is FBGEMM's: weights in float16, sums in
+    float32."""
     if weight.is_cpu and dtype == torch.float32:
         part = math.gcd(512, weight.shape[1])
         blocks = weight.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
         if len(blocks) == 1:
             return lambda x: (weight @ x.contiguous().t()).t()
-
-        def by_blocks_of_columns(x):
-            columns = x.contiguous().unflatten(1, (-1, part)).permute(1, 2, 0)
-            return torch.bmm(blocks, columns).sum(0).t()
-
-        return by_blocks_of_columns
+        return lambda x: torch.bmm(  # x^T in as many blocks: (n_in / 512, 512, rows)
+            blocks, x.contiguous().unflatten(1, (-1, part)).permute(1, 2, 0)).sum(0).t()
     if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)

@@ -13,6 +13,7 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,23 +35,24 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 class Options:
     words: tuple = option((), "prompts; quote them")
     n: int = option(4, "pictures per prompt")
-    guidance: float = option(-1.0, "Parti Eq. 1; if not given, the checkpoint's")
-    temperature: float = option(-1.0, "0: always the likeliest code")
-    top_k: int = option(-1, "only the k likeliest codes; 0: all")
-    top_p: float = option(-1.0, "only the codes that hold this share")
+    # -1: as the checkpoint says.
+    guidance: float = option(-1.0, "lambda of Parti Eq. 1; -1: the checkpoint's", least=-1)
+    temperature: float = option(-1.0, "0: always the likeliest code", least=-1)
+    top_k: int = option(-1, "only the k likeliest codes; 0: all", least=-1)
+    top_p: float = option(-1.0, "only the codes that hold this share", least=-1)
     rerank: int = option(0, "candidates, of which the best n are kept")
     upsample: bool = option(False, "enlarge with upsampler.pt")
     seed: int = 0
     prompts: str = option("", "file: a prompt a line, or PartiPrompts")
     evaluate: bool = option(False, "measure instead of drawing")
-    limit: int = option(0, "pictures per measurement (0: 512); prompts")
-    data: str = option("", "to evaluate on; empty: as in training")
+    limit: int = option(0, "prompts of a file; pictures per measurement, 0: 512")
+    data: str = option("", "to --evaluate on; empty: as in training")
     captions: str = option("", "COCO captions JSON, with --data")
-    inception: str = option("", "NVIDIA's TorchScript file, for FID")
+    inception: str = option("", "NVIDIA's TorchScript file, to --evaluate FID")
     vqgan: str = option("", "tokenizer; empty: the prior's")
     out: str = option("out", "folder of checkpoints and results")
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("auto", "auto, float32 or bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,13 +80,13 @@ class Painter(torch.nn.Module):
         self.device, dtype = pick(options.device, options.dtype, width)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        has, needs = self.vqgan.config, (self.prior or self.vqgan).config
-        if (has.codes, has.grid) != (needs.codes, needs.grid):
-            raise SystemExit(f"{path} has {has.codes} codes, grid {has.grid}; the prior has "
-                             f"{needs.codes}, {needs.grid}: give its own tokenizer, --vqgan FILE")
+        known = self.vqgan.fingerprint()
+        if self.prior and self.saved.get("tokenizer") != known:
+            raise SystemExit(f"{path} is not the tokenizer that {out}/prior.pt was trained with: "
+                             "give that one, --vqgan FILE, or train the prior again")
         if (out / "decoder.pt").exists():
             larger = vqgan.load(out / "decoder.pt")
-            if torch.equal(larger.codebook, self.vqgan.codebook):   # else another tokenizer's
+            if larger.fingerprint() == known:    # else another tokenizer's
                 self.decoder = larger
         if options.rerank or options.evaluate and (out / "text.pt").exists():
             self.ranker, judge = vqgan.restore(out / "text.pt", lambda saved: DualEncoder(
@@ -103,10 +105,10 @@ class Painter(torch.nn.Module):
         """B captions -> M candidates for each (B, M, 3, S, S) in [0, 1] and their scores (B, M):
         cosine with the caption, or 0 without a ranker. sampling overrides guidance and so on."""
         text = self.text(captions).repeat_interleave(candidates, dim=0)    # (B*M, T)
-        how = {**self.sampling, **sampling, "generator": self.generator}
         scores = torch.zeros(len(captions), candidates)
         with self.autocast:
-            tokens = self.parts(lambda part: self.prior.generate(part, **how), text)  # (B*M, N)
+            tokens = self.parts(lambda part: self.prior.generate(
+                part, generator=self.generator, **self.sampling | sampling), text)   # (B*M, N)
             pictures = self.parts(lambda part: self.decoder.decode(part).clamp(0, 1), tokens)
             if self.ranker:
                 images = self.parts(lambda part: self.ranker.embed_images(
@@ -156,14 +158,15 @@ def slug(text):
 
 
 def draw_file(painter, options):
-    """A file of prompts -> out/prompts/: pictures, with a digest of the settings and of the prior's
-    step in their names, and contact sheets (of at most 400 prompts) by category and by challenge.
+    """A file of prompts -> out/prompts/: pictures, with a digest of prompts, weights and settings
+    in their names, and contact sheets (of at most 400 prompts) by category and by challenge.
     What is there is kept, and each group of prompts has random numbers of its own, so that a run
     that was stopped continues as if it had not been."""
-    rows, sheets = read_prompts(options.prompts)[:options.limit or None], defaultdict(list)
-    how = (painter.sampling, painter.saved["step"], options.n, options.rerank, options.upsample,
-           options.seed)
+    rows, sheets = read_prompts(options.prompts), defaultdict(list)
+    weights = [p.flatten()[0].item() for p in painter.parameters()]    # training moves each
+    how = rows, weights, painter.sampling, options.n, options.rerank, options.upsample, options.seed
     digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
+    rows = rows[:options.limit or None]
     folder = Path(options.out, "prompts")
     folder.mkdir(exist_ok=True)
     for i, row in enumerate(rows, 1):
@@ -188,7 +191,7 @@ def draw_file(painter, options):
                           for row in part[:400]])
         pictures = torch.from_numpy(small).permute(0, 1, 4, 2, 3) / 255
         save_grid(folder / f"{name}.png", pictures, [row["Prompt"] for row in part[:400]])
-    say(f"{folder}: pictures ...-{digest}-*.png, contact sheets {', '.join(sheets)}")
+    say(f"{folder}: pictures ...-{digest}-*.png, contact sheets {', '.join(sheets) or 'none'}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,18 +254,17 @@ def reference(inception, dataset, n, options):
     return vqgan.read(path)
 
 
-def measure(painter, dataset, n, inception=None, guidance=None):
+def measure(painter, dataset, n, guidance=None, inception=None):
     """Yields (guidance, candidates, measure), [value of each picture] of n held-out samples, batch
     after batch. What all have in common, a FID for instance, comes last, n times.
 
-    Without `guidance`, which overrides the usual one, tokenizer, prior and kinds of scenes are
-    measured, too."""
-    options, whole, codes, features = painter.options, guidance is None, [], defaultdict(list)
-    how = painter.sampling if whole else {**painter.sampling, "guidance": guidance}
-    candidates = options.rerank or (1 if whole or not painter.ranker else 8)
-    for images, captions in held_out(dataset, n, options.seed, f"guidance {how.get('guidance')}"):
-        made = {}   # (guidance, candidates, what): pictures (b, 3, S, S)
-        if whole:
+    Without `guidance`, which overrides the usual one, tokenizer, prior, kinds of scenes and, with
+    `inception`, FID are measured, too."""
+    whole, made, codes, features = guidance is None, {}, [], defaultdict(list)
+    scale = painter.sampling.get("guidance") if whole else guidance
+    candidates = painter.options.rerank or (1 if whole or not painter.ranker else 8)
+    for images, captions in held_out(dataset, n, painter.options.seed, f"guidance {scale}"):
+        if whole:    # made: {(guidance, candidates, what): pictures (b, 3, S, S)}
             real = images.to(painter.device) / 255
             tokens = painter.vqgan.encode(real)                            # (b, N)
             codes.append(tokens.cpu())
@@ -276,27 +278,27 @@ def measure(painter, dataset, n, inception=None, guidance=None):
             loss = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
             yield ("", "", "prior: cross-entropy, nats per token"), loss.tolist()
         if painter.prior:
-            drawn = painter.draw(captions, candidates, **how)
+            drawn = painter.draw(captions, candidates, guidance=scale)
             for m in sorted({1, candidates}):
                 pictures, scores = best(*(x[:, :m] for x in drawn), 1)
-                made[how["guidance"], m, ""] = pictures[:, 0]
+                made[scale, m, ""] = pictures[:, 0]
                 if painter.ranker:
-                    yield (how["guidance"], m, "text-image cosine"), scores[:, 0].tolist()
+                    yield (scale, m, "text-image cosine"), scores[:, 0].tolist()
         for (*key, what), pictures in made.items():
-            if inception:
+            if whole and inception:
                 features[*key, "rFID" if what else "FID"].append(inception(pictures))
             for picture, caption in zip(pictures, captions) if isinstance(dataset, Scenes) else ():
                 groups = ["all", kind(caption)] + ["background named"] * (" on " in caption)
-                right = bool(check(picture, caption))
+                right = check(picture, caption)
                 for group in groups if whole else groups[:1]:
                     yield (*key, f"{what}right: {group}"), [right]
     if whole:
         usage = vqgan.codebook_usage(torch.cat(codes), painter.vqgan.config.codes)
-        for name, value in zip(("usage, 256 pictures", "perplexity"), usage):
+        for name, value in zip((f"usage, {min(n, 256)} pictures", "perplexity"), usage):
             yield ("", "", f"tokenizer: codebook {name}"), [value] * n
-    if inception and n > 1:
+    if features and n > 1:
         say(f"FID of {n} pictures" + ", degenerate below 2,048: do not compare it" * (n < 2048))
-        real = reference(inception, dataset, n, options)
+        real = reference(inception, dataset, n, painter.options)
         for key, parts in features.items():
             yield key, [frechet(*real, *moments(parts))] * n
 
@@ -314,14 +316,12 @@ def evaluate(painter, options):
                                options.seed)
               for split in (["held-out"] if data else ["seen", "combination", "pair"])}
     n, table = min(options.limit or 512, *map(len, splits.values())), defaultdict(list)
-    passes = [(split, dataset, n, inception) for split, dataset in splits.items()]
     sweep = SWEEP if painter.prior and not data else ()
-    passes += [(f"sweep: {split}", dataset, max(1, n // 5), None, scale)
-               for scale in sweep for split, dataset in splits.items()]
     try:
-        for split, *how in tqdm(passes, "measurements"):
-            for key, values in measure(painter, *how):
-                table[split, *key] += values
+        for scale, split in tqdm([*product((None, *sweep), splits)], "measurements"):
+            some, name = (n, "") if scale is None else (max(1, n // 5), "sweep: ")
+            for key, values in measure(painter, splits[split], some, scale, inception):
+                table[name + split, *key] += values
         if sweep:
             texts = splits["pair"].captions(8)
             rows = [painter.draw(texts, guidance=scale)[0][:, 0] for scale in sweep]
@@ -347,6 +347,11 @@ def main():
     if [bool(options.words), bool(options.prompts), options.evaluate].count(True) != 1:
         raise SystemExit("no prompt, or too much at once: expected prompts, --prompts FILE or "
                          '--evaluate; try: python sample.py "a red circle above a blue square"')
+    idle = ["upsample"] if options.evaluate else ["data", "captions", "inception"]
+    for name in idle:
+        if getattr(options, name):
+            how = "with" if options.evaluate else "without"
+            raise SystemExit(f"--{name} has no effect {how} --evaluate")
     painter = Painter(options)
     if options.evaluate:
         evaluate(painter, options)

@@ -202,6 +202,20 @@ def test_the_checker_accepts_each_scene_under_its_caption_and_under_no_other(spl
     assert sum(data.check(*pair) for pair in pairs) <= 0.01 * len(pairs)
 
 
+@pytest.mark.parametrize("size", [56, 72, 104, 128])
+def test_the_checker_reads_scenes_of_other_sizes(size):
+    scenes = [data.Scenes("train", size, seed=5).sample(i) for i in range(60)]
+    assert all(data.check(*scene) for scene in scenes)
+    image, caption = scenes[0]
+    assert data.check(torch.from_numpy(image).permute(2, 0, 1), caption), "uint8 as batches give it"
+
+
+def test_a_caption_of_no_scene_is_refused():
+    for caption in ("", "a dog", "two red circles above a blue square"):
+        with pytest.raises(ValueError, match="not a caption"):
+            data.check(np.zeros((64, 64, 3), np.uint8), caption)
+
+
 def scene(*objects, background="white"):
     """A picture of (size, colour, shape, left, top) with places in cells."""
     return data.Scenes()._draw([o[:3] for o in objects], [o[3:] for o in objects], background)
@@ -302,7 +316,8 @@ def test_what_training_never_shows():
 
 
 def test_nested_folders_any_case_sorted(tmp_path):
-    for name in ("b/00001.PNG", "b/00000.png", "a/x.JPG", "c.jpeg", "LICENSE.txt", ".hidden.png"):
+    names = "b/00001.PNG", "b/00000.png", "a/x.JPG", "c.jpeg", "LICENSE.txt"
+    for name in (*names, ".hidden.png", ".cache/y.png"):
         if name.endswith("txt"):
             (tmp_path / name).write_text("licence")
         else:
@@ -398,6 +413,14 @@ def test_metadata_csv_that_is_wrong(tmp_path):
     (tmp_path / "metadata.csv").write_bytes("file_name,text\nx.png,café\n".encode("latin-1") * 9999)
     message = error(data.Pictures, tmp_path)  # not a caption with a hole, not the file's content
     assert "utf-8" in message and len(message) < 400
+
+
+def test_captions_come_from_all_over_the_pictures(tmp_path):
+    for i in range(120):
+        picture(tmp_path / "abc"[i // 40] / f"{i:03}.png")
+    pictures = data.Pictures(tmp_path)
+    assert set(pictures.captions(80)) == set(pictures.captions(3)) == {"a", "b", "c"}
+    assert len(pictures.captions(80)) == 80 and len(pictures.captions(999)) == len(pictures)
 
 
 def test_sidecar_captions(tmp_path):
@@ -825,15 +848,23 @@ def test_many_bad_files_stop_with_the_list(tmp_path, workers, good):
     assert "2 %" in message and message.count("bad") >= 3
 
 
-def test_a_disk_that_is_gone_stops_at_once():
-    class Gone(data.Scenes):
-        names = [f"{i}.png" for i in range(1_000)]
+def test_a_disk_that_is_gone_stops_at_once(tmp_path):
+    pictures = with_bad(tmp_path, 120, 0)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    message = error(next, data.batches(pictures, 1, 0, 0, 9))
+    assert message.count("No such file") == 100, "one black picture in place of 100 bad files"
 
-        def sample(self, index, rng):
-            raise OSError("gone")
 
-    message = error(next, data.batches(Gone(size=8), 1, 0, 0, 9))
-    assert message.count("gone") == 100, "one black picture in place of 100 bad files"
+def test_one_bad_file_among_few_held_out_ones_stops_nothing(tmp_path, capsys):
+    with_bad(tmp_path, 200, 0)
+    held_out = data.Pictures(tmp_path, size=8, split="seen")
+    (tmp_path / held_out.names[0]).write_bytes(b"no picture")
+    assert len(held_out) < 20, "one of these is more than 2 %, but not of the 200"
+    for _ in range(2):
+        assert len(list(data.batches(held_out, len(held_out), 0, 0, 1))) == 1
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("skipped a bad picture") == 1, "named once"
 
 
 def test_a_file_that_vanishes_is_a_bad_file(tmp_path):
@@ -974,6 +1005,15 @@ def test_device_and_dtype():
     assert isinstance(device, torch.device) and dtype in (torch.float32, torch.bfloat16)
     if not torch.cuda.is_available():
         assert "cuda" in error(data.pick, "cuda") and device.type == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # as if there were two
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert "process 2 has no GPU" in error(data.pick) and data.pick("cpu")[0].type == "cpu"
+
+
+def test_names_of_devices_and_types():
     assert "tpu" in error(data.pick, "tpu") and "float16" in error(data.pick, "cpu", "float16")
 
 
@@ -1092,7 +1132,7 @@ def test_damaged_checkpoint_names_the_way_out(tmp_path, keep, restore_signals):
         content = content[: int(keep * len(content)) if isinstance(keep, float) else keep]
     (tmp_path / "prior.pt").write_bytes(content)
     message = error(new_run, tmp_path)
-    assert "prior.pt is damaged" in message and "prior.prev.pt" in message and "--fresh" in message
+    assert "prior.pt is damaged" in message and ".prev.pt" in message and "--fresh" in message
     assert "does not exist" in error(vqgan.read, tmp_path / "vqgan.pt")
     torch.save([1, 2], tmp_path / "prior.pt")
     assert "of another kind" in error(new_run, tmp_path)
@@ -1328,7 +1368,7 @@ def agree_and_save(out, rank):
     run = new_run(out)
     assert run.world == 2 and dist.get_backend() == "gloo"
     run.resume({})
-    assert run.agree(rank == 0) == (False, False) and run.skipped == 1
+    assert run.agree(rank == 0) == (False, False) and run.skipped == run.start + 1  # it carries on
     run.stopping = rank == 1
     assert run.agree(True) == (True, True)
     mean = data.average(torch.tensor(float(rank))).item()
@@ -1491,7 +1531,7 @@ def test_f27_largest_cosine_is_smallest_distance():
 def test_f29_unit_weight_moves_the_codebook_and_beta_the_encoder():
     model, images = tokenizer_and_images(beta=0.25)
     z = model.latents(images).detach().requires_grad_()
-    z_q, loss, tokens = model.quantize(z)
+    z_q, loss, tokens = model.quantise(z)
     e = F.normalize(model.codebook, dim=-1)[tokens]
     squared = (z - e).square().sum(-1).mean()  # Eq. 1: sum over the code width
     assert torch.allclose(loss, 1.25 * squared)
@@ -1502,18 +1542,18 @@ def test_f29_unit_weight_moves_the_codebook_and_beta_the_encoder():
 
 def test_f27_gradients_pass_through_the_normalisation_of_both_sides():
     model, images = tokenizer_and_images()
-    _, loss, tokens = model.quantize(model.latents(images))
+    _, loss, tokens = model.quantise(model.latents(images))
     (grad,) = torch.autograd.grad(loss, model.codebook)
     assert grad.norm() > 0 and (grad * model.codebook).sum(-1).abs().max() < 1e-6, "not tangential"
     raw = torch.randn(4, 16, model.config.code_dim, requires_grad=True)
-    (grad,) = torch.autograd.grad(model.quantize(F.normalize(raw, dim=-1))[1], raw)
+    (grad,) = torch.autograd.grad(model.quantise(F.normalize(raw, dim=-1))[1], raw)
     assert (grad * raw).sum(-1).abs().max() < 1e-6 < grad.norm()
 
 
 def test_f29_straight_through_gives_the_encoder_the_decoders_gradient():
     model, images = tokenizer_and_images()
     z = model.latents(images).detach().requires_grad_()
-    z_q, _, tokens = model.quantize(z)
+    z_q, _, tokens = model.quantise(z)
     weight = torch.randn_like(z_q)
     assert torch.equal(torch.autograd.grad((z_q * weight).sum(), z)[0], weight)
     assert torch.allclose(z_q, F.normalize(model.codebook, dim=-1)[tokens], atol=1e-6)
@@ -1523,7 +1563,7 @@ def test_quantizer_is_float32_under_autocast():
     model, images = tokenizer_and_images()
     z = model.latents(images)
     with torch.autocast("cpu", torch.bfloat16):
-        z_q, loss, tokens = model.quantize(z)
+        z_q, loss, tokens = model.quantise(z)
         assert model.latents(images).dtype == model.decoder_maps(z_q).dtype == torch.float32
         total = sum(value.float().mean() for value in model(images)[:2])
     assert z_q.dtype == loss.dtype == torch.float32 and torch.equal(tokens, model.encode(images))
@@ -1583,7 +1623,7 @@ def test_kmeans_uses_every_code_and_is_quick():
     start = time.time()
     model.init_codebook(latents)
     assert time.time() - start < 20
-    _, _, tokens = model.quantize(F.normalize(latents, dim=-1)[None])
+    _, _, tokens = model.quantise(F.normalize(latents, dim=-1)[None])
     first = model.codebook.data.clone()
     assert len(tokens.unique()) > 0.95 * 1024
     assert torch.allclose(first.norm(dim=-1), torch.ones(1024))
@@ -1591,7 +1631,7 @@ def test_kmeans_uses_every_code_and_is_quick():
     model.init_codebook(latents)
     assert torch.equal(first, model.codebook), "the same latents must give the same codes"
     model.init_codebook(latents[-100:])
-    _, loss, _ = model.quantize(F.normalize(latents[-100:], dim=-1)[None])
+    _, loss, _ = model.quantise(F.normalize(latents[-100:], dim=-1)[None])
     assert loss < 1e-6, "of fewer latents than codes, each must get one"
 
 
@@ -1709,17 +1749,22 @@ def test_f39_perceptual_is_lpips_on_vgg16(lpips_files):
     assert not list(perceptual.parameters()), "VGG must be frozen"
 
 
+def perceptual_run(monkeypatch, out, *files):
+    """The line that train_vqgan.py stops with."""
+    argv = ["train_vqgan.py", "--perceptual", "0.1", "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--vgg", str(files[0]), "--lpips", str(files[1])])
+    message = error(train_vqgan.main)
+    assert "\n" not in message and "prev" not in message and "--perceptual 0" in message
+    return message
+
+
 def test_perceptual_without_weights_stops_with_what_to_do(lpips_files, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(vqgan, "VGG", ("file:///nowhere/vgg16.pth", "0" * 64))
-    with pytest.raises(SystemExit) as error:
-        Perceptual()
-    assert "--vgg" in str(error.value) and "--perceptual 0" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "nowhere" in perceptual_run(monkeypatch, tmp_path, "", "")
     # other content under the address is refused, the right content accepted and kept
     monkeypatch.setattr(vqgan, "VGG", (f"file://{lpips_files[0]}", "0" * 64))
-    with pytest.raises(SystemExit, match="hash"):
-        Perceptual("", lpips_files[1])
+    assert "hash" in perceptual_run(monkeypatch, tmp_path, "", lpips_files[1])
     digest = hashlib.sha256(lpips_files[0].read_bytes()).hexdigest()
     monkeypatch.setattr(vqgan, "VGG", (f"file://{lpips_files[0]}", digest))
     Perceptual("", lpips_files[1])
@@ -1727,24 +1772,20 @@ def test_perceptual_without_weights_stops_with_what_to_do(lpips_files, tmp_path,
     Perceptual("", lpips_files[1])
 
 
-def test_perceptual_loads_strictly(lpips_files, tmp_path):
+def test_perceptual_loads_strictly(lpips_files, tmp_path, monkeypatch):
     vgg_path, lpips_path, vgg, lin = lpips_files
+    stops = functools.partial(perceptual_run, monkeypatch, tmp_path)
     for broken in (
         {k: v for k, v in vgg.items() if k != "features.28.bias"},
         {k: v for k, v in vgg.items()} | {"features.24.weight": torch.zeros(512, 512, 3)},
     ):
         torch.save(broken, tmp_path / "v.pth")
-        with pytest.raises(SystemExit, match="v.pth"):
-            Perceptual(tmp_path / "v.pth", lpips_path)
+        assert "v.pth" in stops(tmp_path / "v.pth", lpips_path)
     torch.save({k: v[:, :7] for k, v in lin.items()}, tmp_path / "l.pth")
-    with pytest.raises(SystemExit, match="l.pth"):
-        Perceptual(vgg_path, tmp_path / "l.pth")
-    with pytest.raises(SystemExit):
-        Perceptual(lpips_path, vgg_path.with_name("missing.pth"))
-    (tmp_path / "html.pth").write_bytes(b"<html>" * 100)  # there is no .prev.pt of it
-    with pytest.raises(SystemExit, match="html.pth.*download") as stopped:
-        Perceptual(tmp_path / "html.pth", lpips_path)
-    assert "\n" not in str(stopped.value) and "prev" not in str(stopped.value)
+    assert "l.pth" in stops(vgg_path, tmp_path / "l.pth")
+    assert "missing.pth" in stops(lpips_path, vgg_path.with_name("missing.pth"))
+    (tmp_path / "html.pth").write_bytes(b"<html>" * 100)
+    assert "html.pth" in stops(tmp_path / "html.pth", lpips_path)
 
 
 # --- discriminator -----------------------------------------------------------------------------
@@ -1839,7 +1880,7 @@ def test_own_checkpoint_round_trip_and_clear_errors(tmp_path):
         with pytest.raises(SystemExit) as error:
             vqgan.load(broken)
         assert "broken.pt is damaged" in str(error.value) and "\n" not in str(error.value)
-        assert "broken.prev.pt" in str(error.value) and "--fresh" in str(error.value)
+        assert ".prev.pt" in str(error.value) and "--fresh" in str(error.value)
     config = dataclasses.asdict(model.config)
     for odd in (
         {"a": 1},
@@ -2025,6 +2066,36 @@ def log_stage1(out):
     """Rows of the log, without the seconds."""
     rows = log_of(out, "vqgan")
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_f33_f47_the_sum_of_losses_and_the_lazy_penalty():
+    model, images = tokenizer_and_images(logit_laplace=True)
+    critic, recipe = Discriminator(32, cap=16), train_vqgan.PAPER
+    fakes, losses = train_vqgan.generator_step(model, critic, F.l1_loss, images, recipe)
+    weights = {"codebook": 1, "l2": 1, "l1": 0}
+    weights |= dict.fromkeys(("laplace", "perceptual", "adversarial"), 0.1)
+    assert losses.keys() - {"loss"} == weights.keys() and not fakes.requires_grad
+    total = sum(weight * losses[name] for name, weight in weights.items())
+    assert losses["loss"].item() == pytest.approx(total.item())
+    losses["loss"].backward()
+    assert all(p.grad is None for p in critic.parameters()), "it only passes gradients on"
+    first, second, again = (
+        train_vqgan.discriminator_step(critic, images, fakes, recipe, step)["critic"].item()
+        for step in (1, 2, 17)
+    )
+    images.requires_grad_()
+    penalty = vqgan.r1_penalty(critic(images), images, gamma=10.0, every=16).item()
+    assert first - second == pytest.approx(penalty, rel=1e-3) and first == again
+
+
+@slow
+def test_k_means_starts_the_codebook_and_the_upsampler_learns_from_it(tmp_path):
+    train_stage1(tmp_path, f"{SMALL_STAGE1} --batch 4 --steps 6 --log-every 1")
+    losses = column(log_of(tmp_path, "vqgan"), "codebook")
+    assert losses[:3] == [0, 0, 0] and all(0 < x < 0.6 for x in losses[3:]), "1.6 without k-means"
+    train_stage1(tmp_path, "--stage upsampler --steps 2 --batch 2 --device cpu")
+    assert saved_stage1(tmp_path, "upsampler")["config"] == {"scale": 2, "width": 24, "blocks": 3}
+    assert column(log_of(tmp_path, "upsampler"), "psnr")[-1] > 5
 
 
 @slow
@@ -2778,10 +2849,10 @@ def test_f88_a_share_of_the_captions_is_dropped():
 # --- drawing and measuring ----------------------------------------------------------------------
 
 
-def trained_parts(out, size=64, width=32):
+def trained_parts(out, size=64, width=32, seed=0):
     out = Path(out)
     out.mkdir(exist_ok=True, parents=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vc = dataclasses.replace(
         vqgan.PRESETS["tiny"], image_size=size, width=width, mlp=64, decoder_layers=1, codes=256
     )
@@ -2824,6 +2895,7 @@ def trained_parts(out, size=64, width=32):
             **base,
             "model": p.state_dict(),
             "vqgan": "",
+            "tokenizer": v.fingerprint(),
             "sampling": dict(guidance=1.3, temperature=0.8, top_k=0, top_p=0.95),
         },
         out / "prior.pt",
@@ -2969,10 +3041,15 @@ def test_missing(monkeypatch, tmp_path, out):
         call(monkeypatch, "a", "--out", tmp_path, "--rerank", 2)
     with pytest.raises(SystemExit, match="--guidence"):
         call(monkeypatch, "a", "--guidence", 3)
-    with pytest.raises(SystemExit, match="from 0"):
+    with pytest.raises(SystemExit, match="from -1"):
         call(monkeypatch, "a", "--temperature", "-2")
-    trained_parts(tmp_path / "other", 64)
-    with pytest.raises(SystemExit, match="--vqgan"):
+    for option in ("--data", "--captions", "--inception"):
+        with pytest.raises(SystemExit, match=f"{option} has no effect without --evaluate"):
+            call(monkeypatch, "a", option, "x", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="--upsample has no effect with --evaluate"):
+        call(monkeypatch, "--evaluate", "--upsample", "--out", tmp_path)
+    trained_parts(tmp_path / "other", 32, seed=1)  # of the same sizes: pictures would be noise
+    with pytest.raises(SystemExit, match="not the tokenizer that .*prior.pt was trained with"):
         call(monkeypatch, "a", "--out", tmp_path, "--vqgan", tmp_path / "other" / "vqgan.pt")
 
 
@@ -3174,7 +3251,7 @@ def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
 # --- the text itself -----------------------------------------------------------------------------
 
 MODULES = "vqgan prior sample data train_vqgan train_prior".split()
-LINES = 2_076  # of code in them; the aim is 1,200
+LINES = 2_082  # of code in them; the aim is 1,200
 
 
 def test_every_symbol_of_the_paper_map_exists():

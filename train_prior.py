@@ -27,13 +27,13 @@ class Options(data.Options):
     captions: str = option("", "COCO captions JSON")
     stage: str = option("prior", "what to train", choices=("prior", "text"))
     vqgan: str = option("", "tokenizer; empty: vqgan.pt in --out")
-    text: str = option("", "text.pt, to warm-start the text encoder")
+    text: str = option("", "text.pt, from which the text encoder starts")
     fsdp: bool = option(False, "shard the parameters over the processes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(data.Recipe):
-    """How to train; the defaults are Parti §3."""
+    """How to train. What concerns captions dropped, codes and sampling is the prior's alone."""
     optimizer: str = option("adafactor", "", choices=("adafactor", "adamw"))
     drop: float = option(0.1, "share of captions dropped, for guidance", most=1)
     pieces: int = option(16_000, "SentencePiece vocabulary")
@@ -96,10 +96,11 @@ def make_model(options, config, recipe, tokenizer, warm):
     """The network of this stage: cold, or with the text encoder of `warm`, a DualEncoder."""
     torch.manual_seed(recipe.seed)
     if options.stage == "text":
-        return DualEncoder(config, tokenizer.config.image_size, tokenizer.config.patch)
-    model = Parti(config)
-    if recipe.code_start:
-        model.start_from(F.normalize(tokenizer.codebook.detach(), dim=-1))
+        model = DualEncoder(config, tokenizer.config.image_size, tokenizer.config.patch)
+    else:
+        model = Parti(config)
+        if recipe.code_start:
+            model.start_from(F.normalize(tokenizer.codebook.detach(), dim=-1))
     if warm:
         try:
             model.encoder.load_state_dict(warm.encoder.state_dict())
@@ -124,8 +125,9 @@ def main():
     if options.stage == "text" and recipe.accumulate > 1:
         raise SystemExit("--accumulate: the contrastive loss needs its whole batch at once")
     run = data.Run(options, recipe, options.stage, config.width, vqgan.read)
-    if options.fsdp and run.world == 1:
-        raise SystemExit("--fsdp shards over processes: start several with torchrun")
+    if options.fsdp and (run.world == 1 or config.width % run.world):
+        raise SystemExit(f"--fsdp shards over processes: start 2 or more with torchrun, a number "
+                         f"that divides the width {config.width}")
     tokenizer = vqgan.load(options.vqgan or run.path.with_name("vqgan.pt"))
     tokenizer = tokenizer.requires_grad_(False).to(run.device)
     size, codes, grid = (getattr(tokenizer.config, x) for x in ("image_size", "codes", "grid"))
@@ -143,7 +145,7 @@ def main():
     text = data.Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=codes, grid=grid)
     sampling = {x: getattr(recipe, x) for x in ("guidance", "temperature", "top_k", "top_p")}
-    run.resume(asdict(config), "optimizer")
+    run.resume(asdict(config), "optimizer", tokenizer=tokenizer.fingerprint())
     run.content |= {"text": torch.tensor(list(words), dtype=torch.uint8), "image_size": size,
                     "patch": tokenizer.config.patch, "vqgan": options.vqgan, "sampling": sampling,
                     "val": {"data": options.data, "captions": options.captions}}
@@ -164,8 +166,9 @@ def main():
         eight captions, prior.png. A sharded model draws none: `generate` does not gather its
         parameters; use sample.py."""
         model.eval()
-        parts = data.batches(held_out, recipe.batch, recipe.seed, 0, max(1, 256 // recipe.batch),
-                             run.rank, run.world, text=text)
+        size = recipe.batch // recipe.accumulate    # what training holds at a time
+        parts = data.batches(held_out, size, recipe.seed, 0, max(1, 256 // size), run.rank,
+                             run.world, text=text)
         with run.autocast:
             losses = torch.stack([next(losses_of(0, *part))["loss"] for part in parts])
         if options.stage == "prior" and run.main and not options.fsdp:

@@ -27,7 +27,7 @@ class Options(data.Options):
     """Beside those that all training has."""
     stage: str = option("tokenizer", "what to train", choices=("tokenizer", "decoder", "upsampler"))
     vqgan: str = option("", "tokenizer of the later stages; empty: vqgan.pt in --out")
-    scale: int = option(2, "of the upsampler", choices=(2, 4))
+    scale: int = option(2, "of the upsampler stage", choices=(2, 4))
     vgg: str = option("", "VGG16 weights; empty: fetched")
     lpips: str = option("", "LPIPS weights; empty: fetched")
 
@@ -39,16 +39,17 @@ class Recipe(data.Recipe):
     codebook: float = option(1.0, "weight of this loss, 0: off")
     l2: float = 1.0
     l1: float = 0.0                 # ours
-    laplace: float = 0.1
+    laplace: float = option(0.1, "0: the decoder emits plain RGB")
     perceptual: float = 0.1
     adversarial: float = 0.1
     r1: float = 10.0                # gamma of the discriminator's penalty, every 16th step
     channels: int = option(16384, "base of the discriminator's widths", least=128)
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
+    # Ours, too. The later stages have a codebook from their first step.
     autoencoder: float = option(0.0, "share of steps before k-means starts the codebook", most=1)
-    quantised_rate: float = option(1.0, "factor of lr after it")
-    mosaic: float = option(0.0, "share of mosaics after it", most=1)
+    quantised_rate: float = option(1.0, "factor of lr once there is a codebook")
+    mosaic: float = option(0.0, "share of mosaics from then on", most=1)
 
     @property
     def first(self):
@@ -72,6 +73,7 @@ def build(run, config):
     """-> the network that --stage trains, its config as a dict, the frozen tokenizer or None."""
     options, recipe = run.options, run.recipe
     if options.stage == "tokenizer":
+        config = replace(config, logit_laplace=recipe.laplace > 0)    # a loss of its own maps
         return vqgan.VQGAN(config), asdict(config), None
     if config != vqgan.PRESETS[options.preset]:
         raise SystemExit(f"--stage {options.stage} takes the sizes from the tokenizer's file: "
@@ -167,6 +169,7 @@ def training_pictures(batches, model, pool, run):
         if pool is not None:
             generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * step)
             if step == recipe.first > 0:
+                data.say("k-means starts the codebook ...")
                 start_codebook(model, pool, generator)
             share = recipe.mosaic if step >= recipe.first else float(recipe.mosaic > 0)
             # Drawn for all processes together: mosaics are the first pictures of the whole batch.
@@ -195,8 +198,9 @@ def evaluate(net, images, captions, codes, path, *how):
 
 
 def main():
-    options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small")
-    if options.stage != "tokenizer":    # its codebook is there already
+    options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small",
+                                         derived=("logit_laplace", "public"))
+    if options.stage != "tokenizer":
         recipe = replace(recipe, autoencoder=0.0)
     name = options.stage.replace("tokenizer", "vqgan")
     run = data.Run(options, recipe, name, config.width, vqgan.read)
@@ -210,8 +214,11 @@ def main():
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
     with data.explain("--image-size", "8, 16, 32 ..., or --adversarial 0"):
         critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
-    lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
-    run.resume(sizes)
+    with data.explain(f"--vgg '{options.vgg}' --lpips '{options.lpips}'",
+                      f"downloads of {vqgan.VGG[0]} and {vqgan.LPIPS[0]}, or --perceptual 0"):
+        lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
+    frozen = 0 if options.stage == "tokenizer" else (tokenizer or model).fingerprint()
+    run.resume(sizes, first=recipe.first, tokenizer=frozen)
     networks = {"model": model, "discriminator": critic} if critic else {"model": model}
     nets = run.together(networks, make_optimizer)
 

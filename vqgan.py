@@ -9,6 +9,7 @@ upsampler, and loading. Pictures are (B, 3, H, W) floats in [0, 1], tokens (B, N
 Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side (N = G * G).
 """
 import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,7 +73,8 @@ PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
 
 def larger_decoder(config):
     """The config of Parti's second tokenizer stage (§2.1, App. H): the same encoder and codebook
-    under a larger decoder that emits plain RGB. Large for the papers' sizes, 4 blocks for tiny."""
+    under a larger decoder that emits plain RGB. Large for the papers' sizes, 4 blocks for tiny; for
+    a public tokenizer, with the blocks of public checkpoints."""
     large = PRESETS["large"].sizes() if config.width >= 512 else (192, 4, 6, 768)
     larger = {f"decoder_{name}": size for name, size in zip(SIZES, large)}
     return replace(config, logit_laplace=False, **larger)
@@ -176,7 +178,7 @@ class VQGAN(nn.Module):
         z = self.encoder(patchify(images, self.config.patch))              # (B, N, code_dim)
         return F.normalize(z.float(), dim=-1)
 
-    def quantize(self, z):
+    def quantise(self, z):
         """Unit latents (B, N, code_dim) -> nearest codes, codebook loss, tokens (ViT-VQGAN Eq. 1).
 
         The codes carry straight-through gradients. The loss is the squared norm of Eq. 1 summed
@@ -198,11 +200,15 @@ class VQGAN(nn.Module):
 
     def encode(self, images):
         """Pictures (B, 3, H, W) in [0, 1] -> tokens (B, N) int64, row by row."""
-        return self.quantize(self.latents(images))[2]
+        return self.quantise(self.latents(images))[2]
 
     def decode(self, tokens):
         """Tokens (B, N) int64 -> pictures (B, 3, H, W); clamp to [0, 1] for display."""
         return view(self.decoder_maps(F.normalize(self.codebook.float(), dim=-1)[tokens]))
+
+    def fingerprint(self):
+        """A number of the codebook, by which what was trained on its tokens knows it again."""
+        return zlib.crc32(self.codebook.detach().cpu().numpy().tobytes())
 
     def forward(self, images, quantise=True, raw=False):
         """images (B, 3, H, W) -> (reconstruction (B, 3, H, W), codebook_loss, tokens (B, N)).
@@ -211,7 +217,7 @@ class VQGAN(nn.Module):
         turns them into the reconstruction. quantise=False: a plain autoencoder; the loss is then 0
         but still reaches the codebook, so that every parameter keeps a gradient under DDP."""
         z = self.latents(images)
-        z_q, codebook_loss, tokens = self.quantize(z)
+        z_q, codebook_loss, tokens = self.quantise(z)
         maps = self.decoder_maps(z_q if quantise else z)
         return maps if raw else view(maps), codebook_loss * float(quantise), tokens
 
@@ -310,28 +316,19 @@ def fetch(path, url, sha256):
                                               check_hash=True, file_name=f"lpips-{sha256}.pth")
 
 
-def brief(error):
-    """An exception as one line: its kind and its first sentence."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
-
-
 class Perceptual(nn.Module):
     """LPIPS on VGG16 as VQGAN ships it (ViT-VQGAN §3.3): two (B, 3, H, W) in [0, 1] -> mean of B.
 
     vgg, lpips: files of torchvision's VGG16 and of the LPIPS v0.1 weights; "" fetches them once,
-    checked by SHA-256. SystemExit, one line with the way out, if they cannot be had or do not fit.
-    Frozen. Pictures of at least 16 x 16 pixels."""
+    checked by SHA-256. Raises whatever torch raises if they cannot be had or do not fit. Frozen.
+    Pictures of at least 16 x 16 pixels."""
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
-        try:
-            for name, value in (fetch(vgg, *VGG) | fetch(lpips, *LPIPS)).items():
-                if not name.startswith("classifier"):       # most of VGG16, unused
-                    self.register_buffer(name.replace("features.", "vgg").replace(".", "_"), value)
-            self(*torch.zeros(2, 1, 3, 16, 16))             # all tensors are there and fit
-        except Exception as error:    # no network, other content, damage, another kind of file
-            raise SystemExit(f"--vgg '{vgg}' --lpips '{lpips}': {brief(error)}; download and pass "
-                             f"{VGG[0]} and {LPIPS[0]}, or train with --perceptual 0")
+        for name, value in (fetch(vgg, *VGG) | fetch(lpips, *LPIPS)).items():
+            if not name.startswith("classifier"):           # most of VGG16, unused
+                self.register_buffer(name.replace("features.", "vgg").replace(".", "_"), value)
+        self(*torch.zeros(2, 1, 3, 16, 16))                 # all tensors are there and fit
 
     def forward(self, images, reconstruction):
         # The shift and the scale of red, green and blue, (3, 1, 1) each.
@@ -373,13 +370,15 @@ def leaky(x):
 
 
 class Discriminator(nn.Module):
-    """(B, 3, S, S) in [0, 1] -> scores (B,), positive for "real". S is a power of two from 8 up,
-    else ValueError. Resolution r has min(2 * base / r, cap) channels, by default as config F."""
+    """(B, 3, S, S) in [0, 1] -> scores (B,), positive for "real". S is a power of two from 8 to
+    2 * base, else ValueError. Resolution r has min(2 * base / r, cap) channels; the defaults are
+    those of config F."""
 
     def __init__(self, image_size, base=16384, cap=512):
         super().__init__()
-        if image_size < 8 or image_size & (image_size - 1):
-            raise ValueError(f"the discriminator needs a power of two from 8 up, got {image_size}")
+        if image_size & (image_size - 1) or not 8 <= image_size <= 2 * base:
+            raise ValueError(f"a discriminator of base {base} needs a side that is a power of two "
+                             f"from 8 to {2 * base}, got {image_size}")
         sides = [image_size >> i for i in range(image_size.bit_length() - 2)]      # S, S/2 ... 4
         first, *_, last = widths = [min(2 * base // side, cap) for side in sides]
         self.rgb, self.blocks = EqualConv(3, first, 1), nn.ModuleList()
@@ -394,8 +393,8 @@ class Discriminator(nn.Module):
         for conv, down, skip in self.blocks:
             x = (leaky(down(leaky(conv(x)))) + skip(x)) * 0.5 ** 0.5       # (B, C', S/2, S/2)
         # Minibatch stddev: how much the pictures of a group of 4 differ, as one extra map. A group
-        # is 4 neighbours, so that processes that share a batch form the groups of one that does
-        # not. Other batch sizes use the largest group of at most 4 that divides them.
+        # is 4 neighbours, so that processes and parts that share a batch form the groups of one
+        # that does not. Other sizes use the largest group of at most 4 that divides them.
         group = max(g for g in (1, 2, 3, 4) if len(x) % g == 0)
         var = x.float().unflatten(0, (-1, group)).var(1, unbiased=False)   # (B/group, C, 4, 4)
         std = (var + 1e-8).sqrt().mean((1, 2, 3), keepdim=True).repeat_interleave(group, dim=0)
@@ -465,8 +464,9 @@ def read(path, use=lambda saved: saved):
         if "Unsupported global" in str(error):
             raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
                              "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
-        raise SystemExit(f"{path} is damaged or of another kind ({brief(error)}). Damaged: fetch "
-                         f"it again; if trained here, take {Path(path).stem}.prev.pt, or --fresh")
+        says = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
+        raise SystemExit(f"{path} is damaged or of another kind ({says}). Damaged: fetch it again; "
+                         "if trained here, take the .prev.pt beside it, or --fresh")
 
 
 # enhancing-transformers -> here, applied in this order
@@ -509,7 +509,8 @@ def restore(path, build):
         if "model" not in saved:
             saved = convert_public(saved.get("state_dict", saved))
         network = build(saved)
-        network.load_state_dict(saved["model"])
+        network.load_state_dict(saved.pop("model"))
+        saved.pop("optimizer", None)    # larger than all the rest
         return network.eval(), saved
     return read(path, network_of)
 
@@ -528,7 +529,7 @@ def main():
     """Every step on a tiny example, its speed, parameter counts against the papers' tables."""
     model, images = VQGAN(PRESETS["tiny"]), torch.rand(16, 3, 64, 64)
     z = model.latents(images)
-    z_q, _, tokens = model.quantize(z)
+    z_q, _, tokens = model.quantise(z)
     steps = {"pictures": images, "latents of unit norm": z, "nearest codes": z_q, "tokens": tokens,
              "decoded": model.decode(tokens), "upsampled": Upsampler(2, width=16, blocks=2)(images),
              "discriminator's scores": Discriminator(64, cap=64)(images)}
