@@ -708,7 +708,8 @@ def memory(config, batch, shards=1):
     {"weights", "gradients", "optimizer", "activations"}. DDP's buckets hold the gradients and cost
     nothing; on top come the block that FSDP gathers and whatever lives for one operation alone.
 
-    batch: pictures of this process. shards: processes that share the first three (FSDP). The
+    batch: pictures of this process. shards: processes that share the first three (FSDP; gradients
+    only without --accumulate, which holds them whole until the last part of a batch). The
     activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU
     masks take half); attention keeps no N x N matrix."""
     with torch.device("meta"):
