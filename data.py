@@ -574,7 +574,7 @@ class Text:
 
 @lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):
-    """The order of n pictures in an epoch."""
+    """The order of n pictures in an epoch, a permutation of 0 .. n-1."""
     return np.random.default_rng((seed, epoch, 1)).permutation(n)
 
 
@@ -592,9 +592,10 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, position):
         rng, bad = np.random.default_rng((self.seed, position)), ""
         for later in range(position, position + 100):    # a bad file gives way to the next one
-            epoch, index = divmod(later, len(self.dataset))
-            index = (later if isinstance(self.dataset, Scenes) else    # these never repeat
-                     shuffled(len(self.dataset), self.seed, epoch)[index])
+            epoch, place = divmod(later, len(self.dataset))
+            index = later    # of scenes, which never repeat
+            if not isinstance(self.dataset, Scenes):
+                index = shuffled(len(self.dataset), self.seed, epoch)[place]
             try:
                 pixels, caption = self.dataset.sample(index, rng)                 # (S,S,3)
                 caption = "" if rng.random() < self.drop else caption
@@ -630,7 +631,7 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
             known.add(line)
             tqdm.write(f"skipped a bad picture ({len(known)} so far): {line}")
         read = max(step * len(captions), 10_000)
-        if known and (len(known) > 0.02 * min(len(dataset.texts), read)
+        if known and (len(known) > 0.02 * min(len(dataset.texts), read)    # of all, held out or not
                       or max(lines.count("\n") for lines in bad) >= 100):
             those = "; ".join(sorted(known)[:100])
             raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {those}")
