@@ -295,22 +295,23 @@ def test_the_checker_knows_sizes_counts_relations_and_backgrounds():
     assert not data.check(dark, "a red circle"), "no background named means white"
     kinds = ("a red circle", "two red circles", "a red circle above a blue square on grey")
     assert [data.kind(c) for c in kinds] == ["one object", "counts", "relation"]
-    with pytest.raises(ValueError, match="not a caption"):
-        data.check(picture, "a photograph of a cat")
 
 
 def test_malformed_objects_are_wrong():
     caption, one = "a red circle", ("large", "red", "circle", 2, 2)
     good = scene(one)
-    half, hole, smeared, tinted = (good.copy() for _ in range(4))
+    half, hole, smeared, tinted, spiked, dented = (good.copy() for _ in range(6))
     half[28:] = 255  # the lower half of the circle is gone
-    hole[24:32, 24:32] = 255
+    hole[24:32, 24:32] = 255  # 18 % of its pixels
+    dented[26:31, 26:31] = 255  # 7 %
+    spiked[27:29, 8:48] = spiked[8:48, 27:29] = data.COLOURS["red"]  # 18 %, beyond its box
     smeared[16:40, 40:48] = data.COLOURS["red"]
     tinted[good[..., 1] < 200] = (128, 128, 40)
-    assert data.check(good, caption)
+    assert data.check(good, caption) and data.check(dented, caption)
     for wrong in (
         half,
         hole,
+        spiked,
         smeared,
         tinted,
         scene(),
@@ -867,9 +868,8 @@ def test_text_tokens(capsys):
     assert text.pieces.decode(ids[3].tolist()) == "\u732b"
     assert data.Text(data.train_tokens(["dog"])).vocab > 259
     message = error(data.train_tokens, ["", " "])
-    assert "0 captions" in message
+    assert "0 captions" in message and "--captions" in message
     assert "--pieces 10 from 120 captions" in error(data.train_tokens, captions, 10)
-    assert "--captions" in error(data.train_tokens, ["", " "], 300)
 
 
 # --- stream
@@ -935,8 +935,9 @@ def test_an_epoch_sees_every_picture_once(folder):
 
 def test_scenes_never_repeat():
     scenes = data.open_data("", size=8)
-    _, captions = stack(data.batches(scenes, 2, 0, 600_000, 600_001))
-    assert captions == [[scenes.sample(p)[1] for p in (1_200_000, 1_200_001)]]
+    images, captions = stack(data.batches(scenes, 2, 0, 600_000, 600_001))
+    for i, (pixels, caption) in enumerate(map(scenes.sample, (1_200_000, 1_200_001))):
+        assert caption == captions[0][i] and (images[0, i].permute(1, 2, 0).numpy() == pixels).all()
 
 
 def with_bad(path, good, bad):
@@ -966,7 +967,10 @@ def test_more_than_2_percent_of_bad_files_stop_with_the_list(tmp_path, workers, 
     assert "2 %" in message and all(f"bad{i}.png" in message for i in range(3))
 
 
-def test_of_a_million_pictures_5_percent_bad_ones_stop_before_they_are_2_percent_of_all():
+@pytest.mark.parametrize("every, least, most", [(20, 30, 50), (1, 0, 0)])
+def test_a_million_pictures_stop_at_200_bad_ones_or_100_in_a_row(every, least, most):
+    """Long before the bad ones are 2 % of all: 200 of them are met among 4,000 if 5 % are bad."""
+
     class Million:
         names = texts = range(10**6)
         size = 8
@@ -975,7 +979,7 @@ def test_of_a_million_pictures_5_percent_bad_ones_stop_before_they_are_2_percent
             return 10**6
 
         def sample(self, index, rng):
-            if index % 20 == 0:
+            if index % every == 0:
                 raise OSError("rotten")
             return np.zeros((8, 8, 3), np.uint8), ""
 
@@ -983,7 +987,7 @@ def test_of_a_million_pictures_5_percent_bad_ones_stop_before_they_are_2_percent
     with pytest.raises(SystemExit, match="2 %"):
         for read, _ in enumerate(stream, 1):
             pass
-    assert 30 < read < 50, "200 bad ones, 2 % of 10,000, are met among 4,000"
+    assert least <= read <= most
 
 
 def test_a_disk_that_is_gone_stops_at_once(tmp_path):
@@ -1396,7 +1400,7 @@ def test_log_is_appended_and_never_twice(tmp_path, restore_signals):
     run.log(3, {"loss": 9, "psnr": 9})
     run.save(3, {})
     with open(tmp_path / "prior.csv", "a") as file:
-        file.write("6,0.")  # torn by a kill
+        file.write("6,9")  # torn by a kill
     run, found = start_run(tmp_path)
     for step in range(found["step"] + 1, 8):
         run.log(step, {"psnr": None, "more": 1, "loss": step / 10})  # the file's columns count
@@ -1511,10 +1515,10 @@ def loop(out, rank=0, momentum=0.0, dtype="float32", kill=None, **changes):
         assert not torch.equal(weight.grad, before + torch.zeros(1)), "the critic sees its gradient"
         if step == kill:
             os.kill(os.getpid(), signal.SIGTERM)
-        yield {"critic": 2 * critic(x).mean()}
+        yield {"critic": (2 * critic(x).mean()).nan_to_num()}
 
     batches = [mean * torch.tensor([[0.0], [0.5], [1.5], [2.0]]) for mean in MEANS]
-    batches = [x.nan_to_num(math.inf).chunk(run.world)[rank] for x in batches]
+    batches = [x.nan_to_num(math.inf, math.inf).chunk(run.world)[rank] for x in batches]
     stream = ((x,) for x in batches[run.start : recipe.steps])
     run.train(stream, losses_of, lambda step: {"w": weight.item()}, ["w"])
     return run, [network.weight.item() for network in networks.values()]
