@@ -2917,7 +2917,7 @@ def test_sampling_follows_the_logits():
     model, text, _ = small_prior()
     likeliest = model.generate(text, top_k=1)
     assert torch.equal(model(text, likeliest).argmax(-1), likeliest)
-    assert torch.equal(model.generate(text, temperature=1e-4), likeliest)
+    assert torch.equal(model.generate(text, temperature=0), likeliest)
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     a, b, c = (model.generate(text, generator=seed) for seed in seeds)
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -2967,7 +2967,8 @@ def test_f86_hides_15_percent_of_the_words_80_10_10():
     became = hidden[chosen]
     shares = [(became == value).float().mean().item() for value in (prior.MASK, 9)]
     assert shares == pytest.approx([0.8, 0.1], abs=0.03)
-    assert became[(became != prior.MASK) & (became != 9)].min() >= 4, "no padding, no marks"
+    few = prior.hide(text, 8, torch.rand(3, 400, 50))[0].unique().tolist()
+    assert few == [0, 1, 4, 5, 6, 7, 9], "padding or a mark in the place of a word"
     assert 900 < became.max() < 1000, "any piece"
     pieces = data.Text(data.train_tokens(["a red circle"])).pieces
     assert pieces.unk_id() == prior.MASK and prior.MASK not in pieces.encode("\u8303 zebra!")
@@ -3011,9 +3012,11 @@ def test_f84_the_text_tower_is_the_encoder_of_the_prior():
 
 
 def test_alike_codes_start_alike():
-    model = Parti(dataclasses.replace(SMALL, width=256))
+    model, other = (Parti(dataclasses.replace(SMALL, width=256)) for _ in range(2))
     codes = F.normalize(torch.randn(24, 16), dim=-1)
     model.start_from(codes)
+    other.start_from(codes)
+    assert torch.equal(model.embed.weight, other.embed.weight), "processes would start apart"
     for weight, scale in ((model.embed.weight, 1), (model.head.weight, 1 / 16)):
         assert weight.std().item() == pytest.approx(scale, rel=0.1), "as initialise leaves tables"
         a, b = (
