@@ -212,7 +212,7 @@ class Parti(nn.Module):
 
 
 class CachedDecoder:
-    """The decoder one position at a time, without dropout: keys and values of the past are kept,
+    """The decoder one position at a time, in eval mode: keys and values of the past are kept,
     not computed again, and those of the text are computed once.
 
     With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
@@ -755,9 +755,11 @@ def walk_through():
         with torch.device("meta"):
             model = Parti(PRESETS[name])
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
-        needs = [memory(model.config, 8, shards) for shards in (1, 8, 64)]
-        GB = needs[0]["activations"] / 1e9, *(sum(need.values()) / 1e9 for need in needs)
-        print(f"{name:8}{blocks:16,}{needs[0]['weights'] // 4:16,}", *map("{:9.1f}".format, GB))
+        need = memory(model.config, 8)
+        print(f"{name:8}{blocks:16,}{need['weights'] // 4:16,}", end=" ")
+        own = need.pop("activations")  # the rest can be shared
+        needs = own, *(own + sum(need.values()) / shards for shards in (1, 8, 64))
+        print(*(f"{x / 1e9:9.1f}" for x in needs))
 
 
 def benchmark(device):

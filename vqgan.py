@@ -156,7 +156,8 @@ class VQGAN(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and name != "codebook":
                 nn.init.xavier_uniform_(weight)                # as ViT: keeps variance at any width
-            # Every block starts as the identity: training leaves the mean colour behind sooner.
+            # Every block starts by adding small constants: training leaves the mean colour behind
+            # sooner.
             if name.endswith(("out.weight", "mlp.2.weight")):
                 nn.init.zeros_(weight)
         for tower in (self.encoder, self.decoder):
