@@ -3353,6 +3353,7 @@ def trained_parts(out, size=64, width=32, seed=0):
     big = vqgan.VQGAN(lc)
     big.encoder = v.encoder
     big.codebook = v.codebook
+    big.decoder.project.weight.data *= 20  # pictures reach beyond [0, 1]
     torch.save(
         {"config": dataclasses.asdict(lc), "model": big.state_dict(), "step": 1}, out / "decoder.pt"
     )
@@ -3369,6 +3370,7 @@ def trained_parts(out, size=64, width=32, seed=0):
         grid=size // 8,
     )
     p = prior.Parti(pc)
+    nn.init.normal_(p.head.weight, std=0.3)  # it is zero at first: the text would not matter
     text = torch.tensor(list(words), dtype=torch.uint8)
     base = {
         "text": text,
@@ -3387,11 +3389,12 @@ def trained_parts(out, size=64, width=32, seed=0):
         },
         out / "prior.pt",
     )
-    torch.save({**base, "model": prior.DualEncoder(pc, size, 8).state_dict()}, out / "text.pt")
+    dual = prior.DualEncoder(pc, size // 2, 8)  # it looks at pictures of half the size
+    torch.save({**base, "image_size": size // 2, "model": dual.state_dict()}, out / "text.pt")
     c = dict(scale=2, width=8, blocks=1)
-    torch.save(
-        {"config": c, "model": vqgan.Upsampler(**c).state_dict(), "step": 1}, out / "upsampler.pt"
-    )
+    larger = vqgan.Upsampler(**c)
+    larger[0].skip.bias.data += 0.5  # brighter by a quarter
+    torch.save({"config": c, "model": larger.state_dict(), "step": 1}, out / "upsampler.pt")
 
 
 @pytest.fixture(scope="module")
@@ -3399,6 +3402,18 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     trained_parts(folder, 32)
     return folder
+
+
+def linked(out, folder):
+    """The same checkpoints in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    for name in ("vqgan", "decoder", "prior", "text", "upsampler"):
+        os.link(out / f"{name}.pt", folder / f"{name}.pt")
+    return folder
+
+
+def painter_of(out, **options):
+    return sample.Painter(sample.Options(out=str(out), device="cpu", dtype="float32", **options))
 
 
 def call(monkeypatch, *words):
@@ -3438,20 +3453,22 @@ def test_frechet_commuting():
     )
 
 
-def test_frechet_general_and_float64():
-    s1, s2 = spd(15, 2), spd(15, 3)
-    zero = torch.zeros(15)
-    want = (
-        s1.trace() + s2.trace() - 2 * torch.linalg.eigvals(s1 @ s2).real.clamp(min=0).sqrt().sum()
-    )
-    assert sample.frechet(zero, s1, zero, s2) == pytest.approx(want.item(), abs=1e-8)
-    assert sample.moments([torch.randn(4, 3), torch.randn(2, 3)])[1].dtype == torch.float64
+def test_frechet_of_two_by_two_by_hand_and_in_float64():
+    """The eigenvalues x, y of s1 s2 have (sqrt x + sqrt y)^2 = trace + 2 sqrt det."""
+    s1, s2 = torch.tensor([[2.0, 1], [1, 2]]), torch.tensor([[1.0, 0], [0, 4]])
+    zero = torch.zeros(2)
+    want = 4 + 5 - 2 * (10 + 2 * 12**0.5) ** 0.5
+    assert sample.frechet(zero, s1, zero, s2) == pytest.approx(want, abs=1e-12)
+    large, larger = (variance * torch.eye(2) for variance in (1e8, 1.0002e8))
+    want = 2 * (1.0002e8**0.5 - 1e4) ** 2  # 2.0 of 4e8: float32 has 7 digits
+    assert sample.frechet(zero, large, zero, larger) == pytest.approx(want, rel=1e-6)
 
 
-def test_moments():
-    x = torch.randn(50, 4)
+def test_moments_of_all_parts_together_in_float64():
+    x = torch.randn(50, 4) + 1e4
     mu, s = sample.moments([x[:20], x[20:]])
-    assert np.allclose(mu, x.double().mean(0)) and np.allclose(s, np.cov(x.double().numpy().T))
+    assert np.allclose(mu, x.double().mean(0), rtol=1e-12)
+    assert np.allclose(s, np.cov(x.double().numpy().T), rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -3506,7 +3523,7 @@ def test_f124_partiprompts_are_read_with_literal_quotes(tmp_path):
             sample.read_prompts(tmp_path / name)
 
 
-def test_missing(monkeypatch, tmp_path, out):
+def test_what_is_missing_foreign_or_without_effect_is_one_line(monkeypatch, tmp_path, out):
     with pytest.raises(SystemExit, match="python train_vqgan.py && python train_prior.py"):
         call(monkeypatch, "a", "--out", tmp_path)
     with pytest.raises(SystemExit, match="python train_vqgan.py"):
@@ -3538,10 +3555,38 @@ def test_missing(monkeypatch, tmp_path, out):
     trained_parts(tmp_path / "other", 32, seed=1)  # of the same sizes: pictures would be noise
     with pytest.raises(SystemExit, match="not the tokenizer that .*prior.pt was trained with"):
         call(monkeypatch, "a", "--out", tmp_path, "--vqgan", tmp_path / "other" / "vqgan.pt")
+    os.link(tmp_path / "other/decoder.pt", tmp_path / "decoder.pt")
+    painter = painter_of(tmp_path)
+    assert painter.decoder is painter.vqgan, "another tokenizer's decoder is not used"
 
 
-def test_draw(monkeypatch, out, capsys):
+def test_f111_each_caption_has_its_own_candidates_of_which_the_most_similar_are_kept(out):
+    captions = ["a red circle", "two green crosses"]
+    with torch.no_grad():
+        greedy = painter_of(out, temperature=0.0)
+        pictures, scores = greedy.draw(captions, 2)
+        for caption, own, other in zip(captions, pictures, pictures.flip(0)):
+            alone = greedy.draw([caption])[0][0]
+            assert torch.allclose(own, alone, atol=1e-4) and (own - other).abs().max() > 0.1
+        assert not scores.any(), "there is no ranker"
+
+        painter = painter_of(out, n=2, rerank=5, upsample=True)
+        pictures, scores = painter.draw(captions, 5)
+        assert pictures.aminmax() == (0, 1)
+        for caption, candidates, row in zip(captions, pictures, scores):
+            text = painter.ranker.embed_text(painter.ranker_text([caption]))
+            seen = painter.ranker.embed_images(F.avg_pool2d(candidates, 2))
+            assert torch.allclose(F.cosine_similarity(text, seen), row, atol=1e-5)
+        kept = torch.stack([x[row.topk(2).indices] for x, row in zip(pictures, scores)])
+        painter.generator.manual_seed(0)
+        nearest = kept.repeat_interleave(2, -1).repeat_interleave(2, -2)  # what it was saved as
+        assert torch.allclose(painter.paint(captions), (nearest + 0.25).clamp(0, 1), atol=1e-5)
+
+
+def test_any_prompt_is_drawn_and_the_sheet_is_labelled(monkeypatch, out, capsys):
     odd = ["a red circle", "", "x" * 10_000, "Füße 漢字 \udcff", "line\nbreak"]
+    shown = []
+    monkeypatch.setattr(sample, "save_grid", lambda *a: shown.append(a) or data.save_grid(*a))
     call(
         monkeypatch,
         "--n",
@@ -3557,30 +3602,47 @@ def test_draw(monkeypatch, out, capsys):
         3,
     )
     assert str(out / "samples.png") in capsys.readouterr().out
-    assert Image.open(out / "samples.png").width == 2 * 132
+    assert Image.open(out / "samples.png").size == (2 * (128 + 4), 5 * (128 + 4 + 18))
+    [(_, pictures, labels)] = shown
+    assert pictures.shape == (5, 2, 3, 64, 64) and labels[::2][:1] + labels[1:2] == [
+        "a red circle",
+        "(no text)",
+    ]
+    assert not pictures.requires_grad, "drawing needs no graph"
 
 
-def test_seed_and_stored_sampling(out):
-    options = sample.Options(out=str(out), device="cpu", dtype="float32")
+def test_the_checkpoint_says_how_to_sample_and_the_seed_what(out, tmp_path):
     with torch.no_grad():
-        a, b = (sample.Painter(options).draw(["a red circle"], 3)[0] for _ in range(2))
-    assert torch.equal(a, b) and a.shape == (1, 3, 3, 32, 32)
-    painter = sample.Painter(sample.Options(out=str(out), device="cpu", guidance=0.0, top_k=7))
+        a, b, c = (painter_of(out, seed=i).draw(["a red circle"], 3)[0] for i in (0, 0, 1))
+    assert torch.equal(a, b) and a.shape == (1, 3, 3, 32, 32) and not torch.equal(a, c)
+    painter = painter_of(out, guidance=0.0, top_k=7)
     assert painter.sampling == dict(guidance=0.0, temperature=0.8, top_k=7, top_p=0.95)
     assert painter.decoder is not painter.vqgan
+    saved = torch.load(out / "prior.pt", weights_only=True)
+    torch.save(saved | {"vqgan": str(out / "vqgan.pt")}, tmp_path / "prior.pt")
+    assert painter_of(tmp_path).vqgan.fingerprint() == saved["tokenizer"], "where it said"
 
 
-def test_prompts_file_resumes(monkeypatch, out, tmp_path):
-    (tmp_path / "p.tsv").write_text(TSV, encoding="utf-8", newline="")
-    monkeypatch.setattr(sample, "BATCH", 2)
+def test_a_file_of_prompts_is_drawn_once_and_again_when_anything_has_changed(
+    monkeypatch, out, tmp_path
+):
+    out, prompts = linked(out, tmp_path / "out"), tmp_path / "p.tsv"
+    prompts.write_text(TSV, encoding="utf-8", newline="")
+    monkeypatch.setattr(sample, "BATCH", 4)  # groups of two prompts
+    folder = out / "prompts"
 
     def run(*more):
-        call(monkeypatch, "--prompts", tmp_path / "p.tsv", "--n", 2, "--out", out, *more)
+        """-> the names of the new pictures"""
+        there = {*folder.glob("0*.png")}
+        call(monkeypatch, "--prompts", prompts, "--n", 2, "--out", out, *more)
+        return sorted({*folder.glob("0*.png")} - there)
 
-    run()
-    folder = out / "prompts"
-    pictures = sorted(folder.glob("0*.png"))
-    assert len(pictures) == 6 and Image.open(pictures[0]).size == (32, 32)
+    limited = run("--limit", 2)
+    drawn_at = limited[0].stat().st_mtime_ns
+    pictures = limited + run()
+    assert len(limited) == 4 and len(pictures) == 6 and not run()
+    assert drawn_at == limited[0].stat().st_mtime_ns, "it was there already"
+    assert Image.open(pictures[0]).size == (32, 32)
     names = {p.name for p in folder.glob("c*.png")}
     assert names == {
         "category-arts.png",
@@ -3589,6 +3651,7 @@ def test_prompts_file_resumes(monkeypatch, out, tmp_path):
         "challenge-writing-symbols.png",
         "challenge-complex.png",
     }
+    assert Image.open(folder / "category-arts.png").size == (2 * 132, 2 * 150)  # of two prompts
     before = {p: p.read_bytes() for p in pictures}
     for p in pictures[3:]:
         p.unlink()
@@ -3596,8 +3659,25 @@ def test_prompts_file_resumes(monkeypatch, out, tmp_path):
     assert before == {p: p.read_bytes() for p in sorted(folder.glob("0*.png"))}, (
         "resume drew other pictures"
     )
-    run("--guidance", 3)
-    assert len(list(folder.glob("0*.png"))) == 12 and not list(folder.glob("*.tmp"))
+    for more in ("--guidance 3", "--seed 1", "--rerank 3", "--upsample"):
+        assert len(run(*more.split())) == 6, more
+    assert len(run("--n", 1)) == 3 and not list(folder.glob("*.tmp"))
+    prompts.write_text(TSV.replace("quote", "QUOTE"), encoding="utf-8", newline="")
+    assert len(run()) == 6, "other prompts, though of the same names"
+
+    prompts.write_text("a\nb\na\nb\n")
+    first, _, _, second, third, *_ = map(Path.read_bytes, run())
+    assert first != third, "groups share their random numbers"
+    a, same, b, *_ = (np.asarray(Image.open(p)) for p in run("--temperature", 0))
+    with torch.no_grad():
+        alone = painter_of(out, temperature=0.0).draw(["a"])[0][0, 0]
+    assert np.abs(a - alone.mul(255).permute(1, 2, 0).numpy()).max() < 1
+    assert (a == same).all() and (a != b).any()
+    saved = torch.load(out / "prior.pt", weights_only=True)
+    saved["model"]["head.weight"] += 1
+    (out / "prior.pt").unlink()
+    torch.save(saved, out / "prior.pt")
+    assert len(run()) == 8, "the prior has been trained since"
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -3607,13 +3687,67 @@ def test_prompts_file_resumes(monkeypatch, out, tmp_path):
         data.launch(lambda: run("--guidance", 4))
 
 
+def test_f32_f42_f111_what_evaluation_measures(out, tmp_path):
+    """Each figure from its definition. Of features (f, 0) the Fréchet distance is the squared
+    difference of the means of f and that of its deviations."""
+    (tmp_path / "net").touch()
+    painter = painter_of(linked(out, tmp_path / "out"), rerank=4, inception=str(tmp_path / "net"))
+    scenes = data.Scenes("seen", 32, 0)
+    images, captions = next(data.batches(scenes, 6, 0, 0, 1))
+    real, nothing = images / 255, ("", "")
+
+    def features(pictures):
+        return F.pad(pictures.flatten(1).mean(1, keepdim=True), (0, 1))
+
+    def distance(pictures):
+        a, b = (x.double().mean((1, 2, 3)) for x in (real, pictures))
+        return pytest.approx([((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2).item()] * 6)
+
+    def measured(*how):
+        painter.generator.manual_seed(0)
+        table = {}
+        for key, values in sample.measure(painter, scenes, 6, *how):
+            table[key] = table.get(key, []) + values
+        return table
+
+    def drawn(guidance):
+        painter.generator.manual_seed(0)
+        return painter.draw(captions, 4, guidance=guidance)
+
+    with torch.no_grad():
+        tokens = painter.vqgan.encode(real)
+        copies = painter.decoder.decode(tokens).clamp(0, 1)
+        logits = painter.prior(painter.text(captions), tokens).double()
+        table = measured(None, features)
+        error = (real.double() - copies).square().mean((1, 2, 3))
+        assert table[*nothing, "tokenizer: MSE"] == pytest.approx(error.tolist(), rel=1e-4)
+        decibels = [10 * math.log10(1 / x) for x in error]
+        assert table[*nothing, "tokenizer: PSNR, dB"] == pytest.approx(decibels, rel=1e-4)
+        usage = len({*tokens.flatten().tolist()}) / 256
+        assert table[*nothing, "tokenizer: codebook usage, 6 pictures"] == [usage] * 6
+        surprise = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean((1, 2))
+        nats = table[*nothing, "prior: cross-entropy, nats per token"]
+        assert nats == pytest.approx(surprise.tolist(), rel=1e-4)
+        pictures, scores = drawn(1.3)
+        best = pictures[torch.arange(6), scores.argmax(1)]
+        assert table[*nothing, "rFID"] == distance(copies)
+        assert table[1.3, 1, "FID"] == distance(pictures[:, 0])
+        assert table[1.3, 4, "FID"] == distance(best) != table[1.3, 1, "FID"]
+        for scale in (1.0, 3.0):
+            scores, table = drawn(scale)[1], measured(scale)
+            assert table[scale, 1, "text-image cosine"] == pytest.approx(scores[:, 0].tolist())
+            assert table[scale, 4, "text-image cosine"] == pytest.approx(scores.amax(1).tolist())
+            assert {what for *_, what in table} == {"text-image cosine", "right: all"}
+        assert not torch.allclose(scores, drawn(1.0)[1])
+
+
 class Net(torch.nn.Module):
     def forward(self, x, return_features: bool = False):
         return x.float().mean((2, 3)) if return_features else x.float()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what Inception comes in
-def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
+def test_the_table_of_an_evaluation_on_scenes(monkeypatch, out, capsys, tmp_path):
     torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
     monkeypatch.setattr(sample, "SWEEP", (1.0, 2.0))
     monkeypatch.setattr(sample, "open_data", lambda *a: data.Scenes(a[-2], 32, a[-1]))
@@ -3623,6 +3757,8 @@ def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
         "--evaluate",
         "--limit",
         10,
+        "--temperature",
+        0,
         "--out",
         out,
         "--inception",
@@ -3654,19 +3790,19 @@ def test_evaluate_scenes(monkeypatch, out, capsys, tmp_path):
     first = at["combination", "1.3", "1", "right: all"]
     k = round(float(first["value"]) * 10)
     assert [float(first["low"]), float(first["high"])] == pytest.approx(sample.wilson(k, 10))
-    assert (
-        abs(
-            float(at["seen", "", "", "prior: cross-entropy, nats per token"]["value"]) - np.log(256)
-        )
-        < 1e-3
-    )
+    for split, named in (("seen", "one object"), ("combination", "relation"), ("pair", "relation")):
+        assert any(key[0] == split and key[3].startswith(f"right: {named}") for key in at), split
+    assert at["sweep: pair", "2.0", "8", "right: all"]["n"] == "2", "a fifth of the captions"
+    sheet = np.asarray(Image.open(out / "guidance.png"))  # the same captions at every scale
+    assert sheet.shape[:2] == (2 * 150, 8 * 132)
+    assert (sheet[:132] != sheet[150:][:132]).any(), "guidance changes nothing"
     shown = capsys.readouterr()
     assert "degenerate below 2,048" in shown.out + shown.err and "sweep: pair" in shown.out
     assert len(list(out.glob("fid-*.pt"))) == 3
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what Inception comes in
-def test_evaluate_data_and_reference_cache(monkeypatch, out, tmp_path):
+def test_f117_evaluation_of_a_folder_keeps_the_statistics_of_its_pixels(monkeypatch, out, tmp_path):
     torch.jit.script(Net()).save(str(tmp_path / "inception.pt"))
     folder = tmp_path / "pics" / "frog"
     folder.mkdir(parents=True)
@@ -3686,6 +3822,11 @@ def test_evaluate_data_and_reference_cache(monkeypatch, out, tmp_path):
         raise AssertionError("the cached statistics were not used")
 
     assert torch.equal(sample.reference(fail, dataset, 7, options)[1], s)
+    assert inception(torch.full((1, 3, 9, 9), 0.2)).tolist() == [[51.0] * 3], "bytes"
+    (tmp_path / "other.pt").write_bytes((tmp_path / "inception.pt").read_bytes() + b"0")
+    other = dataclasses.replace(options, inception=str(tmp_path / "other.pt"))
+    with pytest.raises(AssertionError):  # another network, other statistics
+        sample.reference(fail, dataset, 7, other)
     with pytest.raises(AssertionError):  # other pixels, other statistics
         Image.new("RGB", (40, 40), "red").save(tmp_path / "pics" / dataset.names[0])
         sample.reference(fail, dataset, 7, options)
@@ -3705,6 +3846,18 @@ def test_evaluate_data_and_reference_cache(monkeypatch, out, tmp_path):
     }
     with pytest.raises(SystemExit, match="--inception"):
         call(monkeypatch, "--evaluate", "--out", out, "--inception", folder / "1.png")
+
+    there, pictures = linked(out, tmp_path / "there"), str(tmp_path / "pics")
+    saved = torch.load(there / "prior.pt", weights_only=True)
+    (there / "prior.pt").unlink()
+    trained_on = {"data": pictures, "captions": str(tmp_path / "missing.json")}
+    torch.save(saved | {"val": trained_on}, there / "prior.pt")
+    with pytest.raises(SystemExit, match="missing.json"):  # what it was trained on
+        call(monkeypatch, "--evaluate", "--out", there)
+    call(monkeypatch, "--evaluate", "--out", there, "--data", pictures, "--limit", 2)
+    torch.save(saved | {"val": {"data": pictures, "captions": ""}}, there / "prior.pt")
+    call(monkeypatch, "--evaluate", "--out", there, "--limit", 2)
+    assert "\nheld-out," in (there / "evaluate.csv").read_text()
 
 
 def test_held_out_count():
