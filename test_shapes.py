@@ -1131,6 +1131,15 @@ def test_one_process_has_nothing_to_shard(monkeypatch, tmp_path):
     assert "torchrun" in error(train_prior.main)
 
 
+def test_what_cannot_be_shared_out_is_refused(monkeypatch, tmp_path):
+    def refused(*options):
+        return error(step_of, train_prior, [*options, "--out", tmp_path], monkeypatch)
+
+    assert "whole batch" in refused("--stage", "text", "--accumulate", 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "divides the width 128" in refused("--fsdp")
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as caught:
         parsed("--help")
@@ -2420,6 +2429,65 @@ def log_stage1(out):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def step_of(script, argv, monkeypatch):
+    """The script's main() with these options, in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
+    return script.main()
+
+
+def stand_in(out, recipe, **options):
+    """What a Run is to the functions of train_vqgan."""
+    return argparse.Namespace(
+        options=train_vqgan.Options(**options),
+        recipe=recipe,
+        path=out / "x.pt",
+        device=torch.device("cpu"),
+        **{"start": 0, "world": 1, "rank": 0},
+    )
+
+
+def test_f49_f60_f62_the_recipe_of_the_papers():
+    recipe = train_vqgan.PAPER
+    assert recipe.steps * recipe.batch == 128_000_000  # F50: image views
+    assert (recipe.up_width, recipe.up_blocks, recipe.channels) == (128, 12, 16384)
+    assert recipe.first == recipe.mosaic == 0 and recipe.rate(recipe.steps) == 5e-5, "ours are off"
+    frozen, trained = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    optimizer = train_vqgan.make_optimizer(nn.Sequential(frozen, trained), recipe)
+    [group] = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW) and group["params"] == [*trained.parameters()]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 1e-4)
+
+
+def test_f57_f61_what_each_stage_trains_and_sees(tmp_path):
+    """A new upsampler copies pixels: what it makes is what it was given."""
+    paper, config = train_vqgan.PAPER, vqgan.PRESETS["tiny"]
+    for laplace, maps in ((0.1, 6), (0.0, 3)):
+        recipe = dataclasses.replace(paper, laplace=laplace)
+        made, _, _ = train_vqgan.build(stand_in(tmp_path, recipe), config)
+        assert made.decoder.project.out_features == maps * 64
+    made, _ = tokenizer_and_images(logit_laplace=True)
+    torch.save({"config": vars(made.config), "model": made.state_dict()}, tmp_path / "there.pt")
+    options = {"preset": "tiny", "vqgan": str(tmp_path / "there.pt")}
+    run = stand_in(tmp_path, paper, stage="decoder", **options)
+    tuned, sizes, _ = train_vqgan.build(run, config)
+    trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in tuned.named_parameters() if name.startswith("decoder.")}
+    images = torch.rand(2, 3, 128, 128)
+    small = images[:, :, ::4, ::4]  # nearest
+    assert torch.equal(tuned.encode(small), made.encode(small)) and not sizes["logit_laplace"]
+    assert "leave out" in error(train_vqgan.build, run, dataclasses.replace(config, mlp=64))
+
+    recipe = dataclasses.replace(paper, up_width=8, up_blocks=1)
+    run = stand_in(tmp_path, recipe, stage="upsampler", scale=4, **options)
+    net, _, tokenizer = train_vqgan.build(run, config)
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+    large, loss, tokens = train_vqgan.predict(net, images, tokenizer)
+    shown = made.decode(made.encode(small)).clamp(0, 1)
+    nearest = shown.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert torch.allclose(large, nearest, atol=1e-5) and loss == 0
+    assert torch.equal(tokens, made.encode(small))
+
+
 def test_f33_f47_the_sum_of_losses_and_the_lazy_penalty():
     model, images = tokenizer_and_images(logit_laplace=True)
     critic, recipe = Discriminator(32, cap=16), train_vqgan.PAPER
@@ -2429,8 +2497,21 @@ def test_f33_f47_the_sum_of_losses_and_the_lazy_penalty():
     assert losses.keys() - {"loss"} == weights.keys() and not fakes.requires_grad
     total = sum(weight * losses[name] for name, weight in weights.items())
     assert losses["loss"].item() == pytest.approx(total.item())
+    maps, codebook, _ = model(images, raw=True)
+    expected = {
+        "codebook": codebook,
+        "l2": (fakes - images).square().mean(),
+        "l1": (fakes - images).abs().mean(),
+        "laplace": vqgan.logit_laplace_loss(maps, images),
+        "perceptual": (fakes - images).abs().mean(),
+        "adversarial": (1 + (-critic(fakes)).exp()).log().mean(),
+    }
+    assert {k: v.item() for k, v in expected.items()} == pytest.approx(
+        {k: v.item() for k, v in losses.items() if k != "loss"}, rel=1e-4
+    )
     losses["loss"].backward()
     assert all(p.grad is None for p in critic.parameters()), "it only passes gradients on"
+    assert model.encoder.embed.weight.grad.norm() > 0
     first, second, again = (
         train_vqgan.discriminator_step(critic, images, fakes, recipe, step)["critic"].item()
         for step in (1, 2, 17)
@@ -2438,6 +2519,114 @@ def test_f33_f47_the_sum_of_losses_and_the_lazy_penalty():
     images.requires_grad_()
     penalty = vqgan.r1_penalty(critic(images), images, gamma=10.0, every=16).item()
     assert first - second == pytest.approx(penalty, rel=1e-3) and first == again
+    real, fake = critic(images), critic(fakes)
+    assert second == pytest.approx(((1 + (-real).exp()) * (1 + fake.exp())).log().mean().item())
+    half = dataclasses.replace(recipe, r1=5.0)
+    lower = train_vqgan.discriminator_step(critic, images.detach(), fakes, half, 1)
+    assert lower["critic"].item() - second == pytest.approx(penalty / 2, rel=1e-2)
+    assert lower["real"] == real.mean() and lower["fake"] == fake.mean()
+    lower["critic"].backward()
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+def test_patches_that_repeat_count_once_and_each_gets_a_code():
+    """Without positions a patch has one latent wherever it stands: fewer patches than codes lose
+    nothing. With them its code is the mean of several places."""
+    model, images = tokenizer_and_images()
+    few = torch.zeros(2, 3, 32, 32)
+    few[0, :, 8:16, :8] = 1
+    pool = train_vqgan.distinct_patches(few, model.config)
+    assert pool.shape == (16, 192) and {*pool.mean(1).tolist()} == {0, 1}
+    pool = train_vqgan.distinct_patches(torch.cat([images, images[:2]]), model.config)
+    assert len(pool) == 4 * 16
+
+    def loss_on_mosaics(**how):
+        train_vqgan.start_codebook(model, pool, torch.Generator().manual_seed(0), **how)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).view(4, 16)
+        return model(vqgan.unpatchify(pool[order], 8))[1].item()
+
+    nn.init.zeros_(model.encoder.positions)
+    assert loss_on_mosaics() < 1e-6
+    nn.init.normal_(model.encoder.positions, std=0.3)
+    assert loss_on_mosaics() < 0.8 * loss_on_mosaics(surroundings=1)
+
+
+def test_mosaics_then_k_means_then_some_mosaics_on_any_number_of_processes(tmp_path):
+    """White is what the data shows; mosaics are of black patches."""
+    recipe = dataclasses.replace(
+        train_vqgan.RECIPES["tiny"], steps=6, batch=4, autoencoder=0.5, mosaic=0.5
+    )
+    white = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8)
+    dark = torch.linspace(0, 0.5, 100)[:, None].expand(100, 192)
+
+    def trained_on(recipe=recipe, **where):
+        """-> (step, picture) -> its mean, and the codebook at each step."""
+        torch.manual_seed(0)
+        model, run = VQGAN(TINY), stand_in(tmp_path, recipe)
+        vars(run).update(where)
+        stream = [(white.chunk(run.world)[run.rank], None)] * (recipe.steps - run.start)
+        pictures = train_vqgan.training_pictures(stream, model, dark[:96], run)
+        pairs = [(x.mean((1, 2, 3)), model.fingerprint()) for (x,) in pictures]
+        return torch.stack([x for x, _ in pairs]), [y for _, y in pairs]
+
+    pictures, books = trained_on()
+    assert (pictures[:3] < 0.6).all() and len(pictures.unique()) == 3 * 4 + 3 * 2 + 1
+    assert (pictures[3:, :2] < 0.6).all() and (pictures[3:, 2:] == 1).all()
+    assert books[0] == books[2] != books[3] == books[5], "k-means is due after half the steps"
+    assert torch.equal(trained_on(start=4)[0], pictures[4:]), "a resume shows what was due"
+    parts = [trained_on(world=2, rank=rank)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts, 1), pictures), "two processes show what one shows"
+    off = dataclasses.replace(recipe, mosaic=0.0)
+    assert (trained_on(off)[0] == 1).all()
+    assert recipe.rate(3) == recipe.rate(4) / recipe.quantised_rate or recipe.warmup > 3
+
+
+def test_f32_f42_health_is_that_of_the_reconstructions(tmp_path):
+    model, _ = tokenizer_and_images()
+    images, captions = next(data.batches(data.Scenes("seen", 32), 40, 0, 0, 1))
+    images = images / 255
+    for quantise in (True, False):
+        how = captions, 64, tmp_path / "x.png", None, quantise
+        health = train_vqgan.evaluate(model, images, *how)
+        made, _, tokens = model(images, quantise)
+        error = (made.clamp(0, 1) - images).double().square().mean((1, 2, 3))
+        assert health["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
+        assert health["usage"] == len({*tokens.flatten().tolist()}) / 64
+        assert health["right"] == 0, "grey shows no scene"
+    assert Image.open(tmp_path / "x.png").size == (8 * 132, 2 * 150)
+
+
+@slow
+def test_f4_f59_what_was_trained_on_other_tokens_is_not_continued(
+    tmp_path, monkeypatch, restore_signals
+):
+    """Nor is a tokenizer whose codebook would start at another step."""
+    opened, open_data = [], data.open_data
+    monkeypatch.setattr(data, "open_data", lambda *a: opened.append(a[2:5]) or open_data(*a))
+    for i in range(8):
+        picture(tmp_path / f"pictures/dog/{i}.png", 30 * i)
+    pictures = f"--data {tmp_path}/pictures --preset tiny --batch 2 --device cpu --out {tmp_path}"
+    small = f"{pictures} --width 32 --heads 2 --mlp 64".split()
+    first = [*small, *"--image-size 32 --codes 64 --autoencoder 0 --mosaic 0".split()]
+    step_of(train_vqgan, [*first, "--steps", 1], monkeypatch)
+    with pytest.raises(SystemExit, match="another configuration.*first 0 there, 1 here"):
+        step_of(train_vqgan, [*first, "--steps", 2, "--autoencoder", 0.5], monkeypatch)
+
+    small += "--encoder-layers 1 --decoder-layers 1".split()
+    later = [(train_prior, [*small, "--stage", stage]) for stage in ("prior", "text")]
+    more = f"{pictures} --mosaic 0 --up-width 4 --up-blocks 1".split()
+    later += [(train_vqgan, [*more, "--stage", stage]) for stage in ("decoder", "upsampler")]
+    for script, options in later:
+        step_of(script, [*options, "--steps", 1], monkeypatch)
+    saved = saved_stage1(tmp_path)
+    saved["model"]["codebook"] += 1
+    torch.save(saved, tmp_path / "vqgan.pt")
+    for script, options in later:
+        with pytest.raises(SystemExit, match="another configuration.*tokenizer"):
+            step_of(script, [*options, "--steps", 2], monkeypatch)
+    held, shown = (32, data.centre_crop, "seen"), (32, data.tokenizer_crop, "train")
+    assert opened[:2] == [shown, held] and (32, data.prior_crop, "train") in opened
+    assert (64, data.tokenizer_crop, "train") in opened, "the upsampler's are twice as large"
 
 
 @slow
@@ -2447,6 +2636,10 @@ def test_k_means_starts_the_codebook_and_the_upsampler_learns_from_it(tmp_path):
     assert losses[:3] == [0, 0, 0] and all(0 < x < 0.6 for x in losses[3:]), "1.6 without k-means"
     train_stage1(tmp_path, "--stage upsampler --steps 2 --batch 2 --device cpu")
     assert saved_stage1(tmp_path, "upsampler")["config"] == {"scale": 2, "width": 24, "blocks": 3}
+    model = vqgan.load(tmp_path / "vqgan.pt")
+    held = next(data.batches(data.Scenes("seen", 32), 256, 0, 0, 1))[0] / 255
+    decibels = vqgan.psnr(held, model.decode(model.encode(held))).mean().item()
+    assert column(log_of(tmp_path, "vqgan"), "psnr")[-1] == pytest.approx(decibels, abs=0.01)
     assert column(log_of(tmp_path, "upsampler"), "psnr")[-1] > 5
 
 
@@ -3285,6 +3478,113 @@ def test_a_continued_prior_keeps_its_vocabulary_though_captions_have_changed(tra
     _, then = train("prior", *options, steps=4)
     assert then["step"] == 4
     same(first["text"], then["text"])
+
+
+def test_f88_f99_f101_f108_the_recipe_of_the_paper():
+    recipe = train_prior.PAPER
+    assert recipe.steps * recipe.batch == pytest.approx(3.69e9, rel=1e-3)  # pairs
+    assert (recipe.clip, recipe.drop, recipe.pieces, recipe.guidance) == (4.0, 0.1, 16_000, 1.2)
+    assert (recipe.temperature, recipe.top_k, recipe.top_p) == (1.0, 0, 1.0), "plain sampling"
+
+
+def small_run(stage, tokenizer_file, out, monkeypatch, *options):
+    """A run of the tiny prior whose rate is 0 -> its checkpoint, which is where it started."""
+    options = f"--stage {stage} --device cpu --dtype float32 --lr 0 --width 32 --heads 2 --mlp 64 \
+        --encoder-layers 1 --decoder-layers 1 --batch 8 --log-every 1".split() + [*options]
+    out.mkdir(exist_ok=True)
+    options += ["--vqgan", tokenizer_file, "--out", out]
+    step_of(train_prior, options, monkeypatch)
+    return torch.load(out / f"{stage}.pt", weights_only=True)
+
+
+def test_both_stages_start_from_the_text_encoder_and_its_words(
+    tokenizer_file, tmp_path, monkeypatch, restore_signals
+):
+    def run(stage, out, *options):
+        out = tmp_path / out
+        return small_run(stage, tokenizer_file, out, monkeypatch, "--steps", 1, *options)
+
+    first = run("text", "first", "--seed", 1, "--pieces", 300)
+    options = "--text", tmp_path / "first/text.pt"
+    again, started = run("text", "again", *options), run("prior", "prior", *options)
+    for name, value in first["model"].items():
+        assert torch.equal(again["model"][name], value) == (
+            name.startswith("encoder.") or name == "scale" or value.unique().numel() < 3
+        ), name
+        if name.startswith("encoder."):
+            assert torch.equal(started["model"][name], value), name
+    same(first["text"], started["text"])
+    (tmp_path / "first/text.pt").unlink()
+    run("prior", "prior", *options, "--steps", 2)  # it has its own by now
+
+
+def test_what_a_prior_keeps_for_sampling_and_how_it_is_evaluated(
+    tokenizer_file, tmp_path, monkeypatch, restore_signals
+):
+    """By the mean over 256 held-out pictures, no more at a time than training holds, without
+    dropout; and training goes on as if it had not been."""
+    held, encode = [], VQGAN.encode
+    monkeypatch.setattr(VQGAN, "encode", lambda *a: held.append(len(a[1])) or encode(*a))
+    options = "--steps 2 --accumulate 2 --drop 0.5 --dropout 0.5 --seed 3 --temperature 0".split()
+    options += "--top-k 5 --guidance 2".split()
+
+    def run(out, *more):
+        more = *options, *more
+        saved = small_run("prior", tokenizer_file, tmp_path / out, monkeypatch, *more)
+        return saved, log_of(tmp_path / out, "prior")
+
+    saved, log = run("often", "--save-every", 1)
+    assert {*held} == {4}
+    assert column(log, "loss") == column(run("once")[1], "loss")
+    assert saved["sampling"] == {"guidance": 2.0, "temperature": 0.0, "top_k": 5, "top_p": 0.95}
+    assert (saved["vqgan"], saved["image_size"], saved["patch"]) == (str(tokenizer_file), 32, 8)
+    assert saved["val"] == {"data": "", "captions": ""}
+    text = data.Text(saved["text"].numpy().tobytes(), saved["config"]["text_length"])
+    images, words = next(data.batches(data.Scenes("seen", 32, 3), 256, 3, 0, 1, text=text))
+    model = prior.load(tmp_path / "often/prior.pt")
+    loss = train_prior.prior_loss(model, images / 255, words, vqgan.load(tokenizer_file))
+    assert column(log, "held_out") == pytest.approx([loss.item()] * 2, rel=1e-4)
+    sheet = np.asarray(Image.open(tmp_path / "often/prior.png"))  # 8 captions, 4 samples
+    rows = [sheet[y * 150 :][:132] for y in range(8)]
+    assert all((row[:, :132] == row[:, x * 132 :][:, :132]).all() for row in rows for x in range(4))
+    assert (rows[0] != rows[1]).any(), "temperature 0: one picture for each caption"
+
+
+def test_f84_f86_f87_the_text_stage_adds_both_losses():
+    """At first every word is equally likely: ln V for each that is hidden."""
+    torch.manual_seed(0)
+    dual, run = DualEncoder(SMALL, 32), stand_in(Path(), argparse.Namespace(seed=0, batch=4))
+    text, images, seen = torch.randint(4, 50, (4, 12)), torch.rand(4, 3, 32, 32), []
+    texts, pictures, scale, _ = dual(text, images, text)
+    contrast = prior.contrastive_loss(texts, pictures, scale).item()
+
+    def loss(step, words=None):
+        def network(*how):
+            seen.append(how[2])
+            *others, guess = dual(*how)
+            return (*others, guess if words is None else words)
+
+        return train_prior.text_loss(network, images, text, SMALL, run, step).item()
+
+    assert loss(1) == pytest.approx(contrast + math.log(50), rel=1e-5)
+    sure = 99.0 * F.one_hot(text, 50)
+    assert loss(1, sure) == pytest.approx(contrast, rel=1e-5), "the words that were hidden"
+    loss(2)
+    assert (seen[0] == prior.MASK).any(), "nothing was hidden"
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_alike_codes_start_alike_where_asked(tokenizer_file):
+    tokenizer = vqgan.load(tokenizer_file)
+
+    def made(**how):
+        recipe = dataclasses.replace(train_prior.RECIPES["tiny"], **how)
+        return train_prior.make_model(train_prior.Options(), SMALL, recipe, tokenizer, None)
+
+    square = made().embed.weight.square().sum(1).mean().item()
+    assert square == pytest.approx(32, rel=0.3), "of random codes: a unit code times the width"
+    assert not made(code_start=False).head.weight.any() and made().head.weight.any()
+    assert not torch.equal(made(seed=1).start, made().start)
 
 
 def test_warm_start_takes_the_encoder_alone(tokenizer_file):
