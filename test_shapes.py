@@ -3491,13 +3491,19 @@ def small_run(stage, tokenizer_file, out, monkeypatch, *options):
 def test_both_stages_start_from_the_text_encoder_and_its_words(
     tokenizer_file, tmp_path, monkeypatch, restore_signals
 ):
+    dropped, stream = [], data.Stream
+    monkeypatch.setattr(data, "Stream", lambda *a: dropped.append(a[2]) or stream(*a))
+
     def run(stage, out, *options):
         out = tmp_path / out
         return small_run(stage, tokenizer_file, out, monkeypatch, "--steps", 1, *options)
 
     first = run("text", "first", "--seed", 1, "--pieces", 300)
     options = "--text", tmp_path / "first/text.pt"
-    again, started = run("text", "again", *options), run("prior", "prior", *options)
+    again = run("text", "again", *options)
+    assert not any(dropped), "only the prior learns to draw without a text"
+    started = run("prior", "prior", *options)
+    assert max(dropped) == 0.1
     for saved in (again, started):
         for name in filter(lambda name: name.startswith("encoder."), first["model"]):
             assert torch.equal(saved["model"][name], first["model"][name]), name
@@ -3898,8 +3904,9 @@ def test_a_file_of_prompts_is_drawn_once_and_again_when_anything_has_changed(
     assert before == {p: p.read_bytes() for p in sorted(folder.glob("0*.png"))}, (
         "resume drew other pictures"
     )
-    for more in ("--guidance 3", "--seed 1", "--rerank 3", "--upsample"):
+    for more in ("--guidance 3", "--rerank 3", "--rerank 4", "--upsample"):
         assert len(run(*more.split())) == 6, more
+    assert run("--seed", 1)[0].read_bytes() != before[pictures[0]]
     assert len(run("--n", 1)) == 3 and not list(folder.glob("*.tmp"))
     prompts.write_text(TSV.replace("quote", "QUOTE"), encoding="utf-8", newline="")
     assert len(run()) == 6, "other prompts, though of the same names"
@@ -4060,7 +4067,7 @@ def test_f117_evaluation_of_a_folder_keeps_the_statistics_of_its_pixels(monkeypa
     saved["val"] = {"data": str(tmp_path / "pics"), "captions": "missing.json"}
     torch.save(saved, there / "prior.pt")
     with pytest.raises(SystemExit, match="missing.json"):  # what it was trained on
-        call(monkeypatch, "--evaluate", "--out", there)
+        call(monkeypatch, "--evaluate", "--out", there, "--limit", 2)
     call(monkeypatch, *folder_of_pictures, there, "--limit", 2)
     saved["val"]["captions"] = ""
     torch.save(saved, there / "prior.pt")
