@@ -4106,7 +4106,7 @@ def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
 # --- the text itself -----------------------------------------------------------------------------
 
 MODULES = "vqgan prior sample data train_vqgan train_prior".split()
-LINES = 2_083  # of code in them; the aim is 1,200
+LINES = 2_085  # of code in them; the aim is 1,200
 
 
 def test_every_symbol_of_the_paper_map_exists():
