@@ -1,5 +1,7 @@
 """The project as a series of statements, in the order of the pipeline: scenes, pictures, text, the
-stream of batches, the runtime, the tokenizer, attention, the prior, its training, sampling.
+stream of batches; options, schedules, checkpoints, processes; the tokenizer, its losses, files and
+training; attention, the prior, sampling, the dual encoder, Adafactor, the prior's training; drawing
+and measuring; the repository's own text.
 
     pytest -m "not slow"        # the core
     pytest                      # and real processes: kills, resumes, two processes, what learns
