@@ -1289,7 +1289,7 @@ def test_between_the_two_renames(tmp_path, restore_signals):
     assert start_run(tmp_path)[1]["step"] == 7
 
 
-@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, "html"])
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, "html", "but one bit"])
 def test_damaged_checkpoint_names_the_way_out(tmp_path, keep, restore_signals):
     run, _ = start_run(tmp_path)
     run.save(1, {"w": torch.ones(1000)})
@@ -1297,6 +1297,9 @@ def test_damaged_checkpoint_names_the_way_out(tmp_path, keep, restore_signals):
     content = (tmp_path / "prior.pt").read_bytes()
     if keep == "html":
         content = b"<html>" * 100
+    elif keep == "but one bit":  # of a weight: torch itself would load it
+        place = content.index(torch.ones(9).numpy().tobytes())
+        content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     else:
         content = content[: int(keep * len(content)) if isinstance(keep, float) else keep]
     (tmp_path / "prior.pt").write_bytes(content)
@@ -4108,7 +4111,7 @@ def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
 # --- the text itself -----------------------------------------------------------------------------
 
 MODULES = "vqgan prior sample data train_vqgan train_prior".split()
-LINES = 2_085  # of code in them; the aim is 1,200
+LINES = 2_088  # of code in them; the aim is 1,200
 
 
 def test_every_symbol_of_the_paper_map_exists():
