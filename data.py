@@ -625,15 +625,16 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop
         Stream(dataset, seed, drop), batch_sampler=positions, num_workers=workers,
         worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
-    known = vars(dataset).setdefault("bad", set())    # named once, however often it is read
+    named, met = vars(dataset).setdefault("bad", set()), set()    # named once in all streams
     for step, (images, captions, bad) in enumerate(loader, 1):
-        for line in set("".join(bad).splitlines()) - known:
-            known.add(line)
-            tqdm.write(f"skipped a bad picture ({len(known)} so far): {line}")
+        met.update("".join(bad).splitlines())
+        for line in met - named:
+            named.add(line)
+            tqdm.write(f"skipped a bad picture ({len(named)} so far): {line}")
         read = max(step * len(captions), 10_000)
-        if known and (len(known) > 0.02 * min(len(dataset.texts), read)    # of all, held out or not
-                      or max(lines.count("\n") for lines in bad) >= 100):
-            those = "; ".join(sorted(known)[:100])
+        if met and (len(met) > 0.02 * min(len(dataset.texts), read)    # of all, held out or not
+                    or max(lines.count("\n") for lines in bad) >= 100):
+            those = "; ".join(sorted(met)[:100])
             raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {those}")
         yield images, text(captions) if text else list(captions)
 
@@ -855,12 +856,14 @@ class Run:
         self.content = {"config": config, "recipe": dataclasses.asdict(self.recipe), **more}
         if self.saved:
             here = config | self.content["recipe"] | more
-            there = self.saved | self.saved.get("config", {}) | self.saved.get("recipe", {})
+            # What a checkpoint does not say of `more` is taken to be the same.
+            there = more | self.saved | self.saved.get("config", {}) | self.saved.get("recipe", {})
             names = [name for name in here if there.get(name) != here[name]]
-            changed = "; ".join(f"{x} {there.get(x)} there, {here[x]} here" for x in names)
-            if {*config, *fixed, *more} & {*names}:
+            wrong = [name for name in names if name in {*config, *fixed, *more}]
+            changed = "; ".join(f"{x} {there.get(x)} there, {here[x]} here" for x in wrong or names)
+            if wrong:
                 raise SystemExit(f"{self.path} has another configuration ({changed}); use the same "
-                                 "options, another --out, or --fresh")
+                                 "options and files, another --out, or --fresh")
             self.start, steps = self.saved.get("step", 0), self.recipe.steps
             self.skipped = self.saved.get("skipped", 0)
             how = "finished; --fresh starts over" if self.start >= steps else "continuing"
@@ -887,6 +890,8 @@ class Run:
             if self.saved:
                 with explain(f"{self.path} cannot be continued, its {key} or the optimizer differs",
                              "those of this command: another --out, or --fresh"):
+                    if self.saved[key].keys() != network.state_dict().keys():    # DCP would not say
+                        raise ValueError("other weights")
                     dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
                                        optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
             if self.options.compile and key == "model":    # a critic needs second derivatives

@@ -35,12 +35,11 @@ SWEEP = (1.0, 1.2, 2.0, 3.0, 4.0)   # guidance scales that --evaluate compares
 class Options:
     words: tuple = option((), "prompts; quote them")
     n: int = option(4, "pictures per prompt")
-    # -1: as the checkpoint says.
-    guidance: float = option(-1.0, "lambda of Parti Eq. 1; -1: the checkpoint's", least=-1)
-    temperature: float = option(-1.0, "0: always the likeliest code", least=-1)
-    top_k: int = option(-1, "only the k likeliest codes; 0: all", least=-1)
-    top_p: float = option(-1.0, "only the codes that hold this share", least=-1)
-    rerank: int = option(0, "candidates, of which the best n are kept")
+    guidance: float = option(-1.0, "lambda of Parti Eq. 1; below 0: the checkpoint's", least=-1)
+    temperature: float = option(-1.0, "0: the likeliest code; below 0: the checkpoint's", least=-1)
+    top_k: int = option(-1, "the k likeliest codes, 0: all; below 0: the checkpoint's", least=-1)
+    top_p: float = option(-1.0, "codes with this share; below 0: the checkpoint's", least=-1)
+    rerank: int = option(0, "candidates, at least n, of which the best n are kept")
     upsample: bool = option(False, "enlarge with upsampler.pt")
     seed: int = 0
     prompts: str = option("", "file: a prompt a line, or PartiPrompts")
@@ -81,7 +80,7 @@ class Painter(torch.nn.Module):
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         known = self.vqgan.fingerprint()
-        if self.prior and self.saved.get("tokenizer") != known:
+        if self.saved.get("tokenizer_fingerprint", known) != known:
             raise SystemExit(f"{path} is not the tokenizer that {out}/prior.pt was trained with: "
                              "give that one, --vqgan FILE, or train the prior again")
         if (out / "decoder.pt").exists():
@@ -164,7 +163,8 @@ def draw_file(painter, options):
     that was stopped continues as if it had not been."""
     rows, sheets = read_prompts(options.prompts), defaultdict(list)
     weights = [p.flatten()[0].item() for p in painter.parameters()]    # training moves each
-    how = rows, weights, painter.sampling, options.n, options.rerank, options.upsample, options.seed
+    how = (rows, weights, painter.sampling, options.n, options.rerank, options.upsample,
+           options.seed, options.dtype)
     digest = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
     rows = rows[:options.limit or None]
     folder = Path(options.out, "prompts")
@@ -348,10 +348,9 @@ def main():
         raise SystemExit("no prompt, or too much at once: expected prompts, --prompts FILE or "
                          '--evaluate; try: python sample.py "a red circle above a blue square"')
     idle = ["upsample"] if options.evaluate else ["data", "captions", "inception"]
-    for name in idle:
+    for name in idle + ["limit"] * bool(options.words):
         if getattr(options, name):
-            how = "with" if options.evaluate else "without"
-            raise SystemExit(f"--{name} has no effect {how} --evaluate")
+            raise SystemExit(f"--{name} has no effect on what is asked for: see --help")
     painter = Painter(options)
     if options.evaluate:
         evaluate(painter, options)

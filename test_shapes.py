@@ -998,6 +998,15 @@ def test_a_million_pictures_stop_at_200_bad_ones_or_100_in_a_row(every, least, m
     assert least <= read <= most
 
 
+def test_each_stream_counts_its_own_bad_files(tmp_path, capsys):
+    pictures = with_bad(tmp_path, 118, 2)  # 2.4 are 2 %
+    assert len(list(data.batches(pictures, 10, 0, 0, 24))) == 24
+    for i in range(2):
+        picture(tmp_path / f"bad{i}.png", size=(9, 9))
+        (tmp_path / pictures.names[5 + i]).write_bytes(b"no picture")
+    assert len(list(data.batches(pictures, 10, 0, 0, 24))) == 24
+
+
 def test_a_disk_that_is_gone_stops_at_once(tmp_path):
     pictures = with_bad(tmp_path, 120, 0)
     for file in tmp_path.iterdir():
@@ -1241,7 +1250,8 @@ def test_save_and_resume(tmp_path, capsys, restore_signals):
     assert found is None and (run.rank, run.world, run.main, run.device.type) == (0, 1, True, "cpu")
     run.skipped = 5
     for step in (1, 2):
-        run.save(step, {"model": {"w": torch.full((9,), step)}, "moments": [torch.arange(3), None]})
+        weights = {"w": torch.full((9,), step)}
+        run.save(step, {"model": weights, "moments": [torch.arange(3), None], "words": 6})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prior.prev.pt", "prior.pt"]
     assert torch.load(tmp_path / "prior.prev.pt", weights_only=True)["step"] == 1
     (tmp_path / "prior.pt.tmp").write_bytes(b"stale")
@@ -1262,7 +1272,8 @@ def test_save_and_resume(tmp_path, capsys, restore_signals):
     assert found["step"] == 2 and "steps 100 there, 200 here" in capsys.readouterr().out
     message = error(new_run(tmp_path, steps=200).resume, CONFIG, "steps")
     assert "steps 100 there, 200 here" in message, "a field of the recipe that must not change"
-    assert "words None there, 7 here" in error(lambda: new_run(tmp_path).resume(CONFIG, words=7))
+    message = error(lambda: new_run(tmp_path, steps=200).resume(CONFIG, words=7))
+    assert "words 6 there, 7 here" in message and "steps" not in message, "only what is wrong"
     run, found = start_run(tmp_path, fresh=True)
     assert found is None and (tmp_path / "prior.pt").exists()
     run.save(100, {})
@@ -1280,6 +1291,8 @@ def test_networks_that_are_not_the_checkpoints_are_refused(tmp_path, restore_sig
     for networks in ({"model": nn.Linear(4, 2)}, {"discriminator": nn.Linear(3, 2)}):
         message = error(started, **networks)
         assert "prior.pt cannot be continued" in message and "--fresh" in message
+    run.save(2, {"model": {"weight": weights["weight"]}, "optimizer": moments})
+    assert "other weights" in error(started, model=nn.Linear(3, 2)), "none starts afresh unnoticed"
 
 
 def test_between_the_two_renames(tmp_path, restore_signals):
@@ -2616,7 +2629,7 @@ def test_f4_f59_what_was_trained_on_other_tokens_is_not_continued(
     small = f"{pictures} --width 32 --heads 2 --mlp 64".split()
     first = [*small, *"--image-size 32 --codes 64 --autoencoder 0 --mosaic 0".split()]
     main_of(train_vqgan, [*first, "--steps", 1], monkeypatch)
-    with pytest.raises(SystemExit, match="another configuration.*first 0 there, 1 here"):
+    with pytest.raises(SystemExit, match="configuration .autoencoder_steps 0 there, 1 here"):
         main_of(train_vqgan, [*first, "--steps", 2, "--autoencoder", 0.5], monkeypatch)
 
     small += "--encoder-layers 1 --decoder-layers 1".split()
@@ -2628,8 +2641,10 @@ def test_f4_f59_what_was_trained_on_other_tokens_is_not_continued(
     saved = saved_stage1(tmp_path)
     saved["model"]["codebook"] += 1
     torch.save(saved, tmp_path / "vqgan.pt")
+    script, options = later.pop(1)  # --stage text sees no tokens
+    main_of(script, [*options, "--steps", 2], monkeypatch)
     for script, options in later:
-        with pytest.raises(SystemExit, match="another configuration.*tokenizer"):
+        with pytest.raises(SystemExit, match="configuration .tokenizer_fingerprint"):
             main_of(script, [*options, "--steps", 2], monkeypatch)
     held, shown = (32, data.centre_crop, "seen"), (32, data.tokenizer_crop, "train")
     assert opened[:2] == [shown, held] and (32, data.prior_crop, "train") in opened
@@ -3661,7 +3676,7 @@ def trained_parts(out, size=64, width=32, seed=0):
     text = torch.tensor(list(words), dtype=torch.uint8)
     base = {"text": text, "image_size": size, "patch": 8, "step": 1, "config": vars(pc)}
     sampling = dict(guidance=1.3, temperature=0.8, top_k=0, top_p=0.95)
-    more = {"model": p.state_dict(), "vqgan": "", "tokenizer": v.fingerprint()}
+    more = {"model": p.state_dict(), "vqgan": "", "tokenizer_fingerprint": v.fingerprint()}
     torch.save({**base, **more, "sampling": sampling}, out / "prior.pt")
     dual = prior.DualEncoder(pc, size // 2, 8)  # it looks at pictures of half the size
     torch.save({**base, "image_size": size // 2, "model": dual.state_dict()}, out / "text.pt")
@@ -3819,9 +3834,9 @@ def test_what_is_missing_foreign_or_without_effect_is_one_line(monkeypatch, tmp_
     with pytest.raises(SystemExit, match="from -1"):
         call(monkeypatch, "a", "--temperature", "-2")
     for option in ("--data", "--captions", "--inception"):
-        with pytest.raises(SystemExit, match=f"{option} has no effect without --evaluate"):
+        with pytest.raises(SystemExit, match=f"{option} has no effect on what is asked"):
             call(monkeypatch, "a", option, "x", "--out", tmp_path)
-    with pytest.raises(SystemExit, match="--upsample has no effect with --evaluate"):
+    with pytest.raises(SystemExit, match="--upsample has no effect on what is asked"):
         call(monkeypatch, "--evaluate", "--upsample", "--out", tmp_path)
     trained_parts(tmp_path / "other", 32, seed=1)  # of the same sizes: pictures would be noise
     with pytest.raises(SystemExit, match="not the tokenizer that .*prior.pt was trained with"):
@@ -3876,7 +3891,8 @@ def test_the_checkpoint_says_how_to_sample_and_the_seed_what(out, tmp_path):
     assert painter.decoder is not painter.vqgan
     saved = torch.load(out / "prior.pt", weights_only=True)
     torch.save(saved | {"vqgan": str(out / "vqgan.pt")}, tmp_path / "prior.pt")
-    assert painter_of(tmp_path).vqgan.fingerprint() == saved["tokenizer"], "where it said"
+    used = painter_of(tmp_path).vqgan.fingerprint()
+    assert used == saved["tokenizer_fingerprint"], "where it said"
 
 
 def test_a_file_of_prompts_is_drawn_once_and_again_when_anything_has_changed(
@@ -4111,7 +4127,7 @@ def test_evaluate_tokenizer_alone(monkeypatch, out, tmp_path, capsys):
 # --- the text itself -----------------------------------------------------------------------------
 
 MODULES = "vqgan prior sample data train_vqgan train_prior".split()
-LINES = 2_088  # of code in them; the aim is 1,200
+LINES = 2_093  # of code in them; the aim is 1,200
 
 
 def test_every_symbol_of_the_paper_map_exists():

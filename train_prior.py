@@ -102,11 +102,8 @@ def make_model(options, config, recipe, tokenizer, warm):
         if recipe.code_start:
             model.start_from(F.normalize(tokenizer.codebook.detach(), dim=-1))
     if warm:
-        try:
+        with data.explain(f"--text {options.text}", "a text.pt of the same sizes"):
             model.encoder.load_state_dict(warm.encoder.state_dict())
-        except RuntimeError as error:
-            raise SystemExit(f"--text {options.text} has other sizes than the prior; train it with "
-                             f"--stage text and the same ones: {' '.join(str(error).split())}")
     return model
 
 
@@ -145,9 +142,12 @@ def main():
     text = data.Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=codes, grid=grid)
     sampling = {x: getattr(recipe, x) for x in ("guidance", "temperature", "top_k", "top_p")}
-    run.resume(asdict(config), "optimizer", tokenizer=tokenizer.fingerprint())
-    run.content |= {"text": torch.tensor(list(words), dtype=torch.uint8), "image_size": size,
-                    "patch": tokenizer.config.patch, "vqgan": options.vqgan, "sampling": sampling,
+    fixed = {"image_size": size, "patch": tokenizer.config.patch}
+    if options.stage == "prior":    # the other one sees no tokens
+        fixed["tokenizer_fingerprint"] = tokenizer.fingerprint()
+    run.resume(asdict(config), "optimizer", **fixed)
+    run.content |= {"text": torch.tensor(list(words), dtype=torch.uint8), "sampling": sampling,
+                    "vqgan": options.vqgan,
                     "val": {"data": options.data, "captions": options.captions}}
     model = make_model(options, config, recipe, tokenizer, warm).to(run.device)
     del there, warm    # training needs the memory

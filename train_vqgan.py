@@ -212,13 +212,14 @@ def main():
     size = config.image_size * (options.scale if tokenizer else 1)
     train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
                    for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
-    with data.explain("--image-size", "8, 16, 32 ..., or --adversarial 0"):
+    with data.explain("the discriminator", "--image-size 8, 16, 32 ... and enough --channels, or "
+                      "--adversarial 0"):
         critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
     with data.explain(f"--vgg '{options.vgg}' --lpips '{options.lpips}'",
                       f"downloads of {vqgan.VGG[0]} and {vqgan.LPIPS[0]}, or --perceptual 0"):
         lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
     frozen = 0 if options.stage == "tokenizer" else (tokenizer or model).fingerprint()
-    run.resume(sizes, first=recipe.first, tokenizer=frozen)
+    run.resume(sizes, autoencoder_steps=recipe.first, tokenizer_fingerprint=frozen)
     networks = {"model": model, "discriminator": critic} if critic else {"model": model}
     nets = run.together(networks, make_optimizer)
 
