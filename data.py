@@ -747,7 +747,7 @@ def pick(device="auto", dtype="auto", width=0):
     """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice.
 
     width: of the matrices. On a CPU bfloat16 pays for wide ones alone (the tiny prior's step takes
-    1.4 times as long), and only with instructions for it.
+    1.5 times as long), and only with instructions for it.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
     cards = torch.cuda.device_count()
