@@ -1,6 +1,8 @@
-"""Data: captioned scenes and their checker, pictures with captions, text tokens, the runtime.
+"""Data: captioned scenes and their checker, pictures with captions, text tokens, the stream of
+batches; last, the small runtime that both training scripts share.
 """
 import argparse
+import atexit
 import csv
 import dataclasses
 import io
@@ -8,16 +10,12 @@ import json
 import math
 import os
 import re
-import signal
+import shutil
 import sys
 import tarfile
-import time
 import zlib
-from collections import defaultdict, namedtuple
-from contextlib import contextmanager
-from datetime import timedelta
+from collections import Counter, defaultdict, namedtuple
 from functools import lru_cache
-from itertools import groupby, product
 from pathlib import Path
 from posixpath import basename, dirname, join, normpath, splitext    # names of files, on any system
 
@@ -26,9 +24,24 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+
+def clean(text):
+    """Any str -> one that can be printed and encoded: a file's name need not be UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def say(message):
+    """Print a line, above the progress bar if there is one; the first process alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(clean(message))
+
 
 # ---------------------------------------------------------------------------------------------
 # 1. Scenes
@@ -45,23 +58,10 @@ NUMBERS = {"two": 2, "three": 3}
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
              "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
 DIRECTIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 # These pairs appear alone and in counts, but in no relation of the training scenes.
 RARE = {("orange", "cross"), ("purple", "triangle"), ("pink", "square"), ("green", "circle")}
-# What each split relates. "seen" are other scenes than "train", of the same combinations.
-SPLITS = {"train": "common", "seen": "common", "combination": "held out", "pair": "rare"}
+SPLITS = ("train", "seen", "pair")    # "seen": other scenes of the kind of train; "pair": of RARE
 KINDS = {"one object": 0.08, "counts": 0.16, "relation": 0.76}    # shares of the scenes
-
-
-def group(first, relation, second):
-    """What a combination (colour, shape), relation, (colour, shape) is: "common"; "held out", the
-    10 % that training never shows; "rare", with one of the RARE pairs; "equal" things, never drawn.
-    "A above B" and "B below A" describe one picture and are of one group."""
-    if first == second:
-        return "equal"
-    pictures = (first, relation, second), (second, OPPOSITE[relation], first)
-    tenth = zlib.crc32(repr(min(pictures)).encode()) % 10 == 0
-    return "rare" if RARE & {first, second} else "held out" if tenth else "common"
 
 
 @lru_cache(maxsize=None)
@@ -79,18 +79,27 @@ def stencil(shape, side):
 class Scenes:
     """Endless captioned pictures of coloured shapes, a function of (seed, split, index).
 
-    split: "train"; "seen", other scenes of the same combinations; "combination", relations of
-    combinations that are held out; "pair", relations with a colour and shape that training never
-    relates. size: pixels along a side, a multiple of 8; an index shows one scene at every size.
+    split: "train"; "seen", other scenes of the same kind; "pair", relations with a RARE colour and
+    shape, which training never relates. size: pixels along a side, a multiple of 8; an index shows
+    one scene at every size.
     """
 
     def __init__(self, split="train", size=64, seed=0):
-        if size % GRID:
-            raise SystemExit(f"--image-size {size}: built-in scenes need a multiple of {GRID}")
-        self.split, self.size, self.seed, self.group = split, size, seed, SPLITS[split]
+        if size % GRID or split not in SPLITS:
+            raise ValueError(f"scenes of split {split}, {size} pixels; expected a multiple of "
+                             f"{GRID} and one of {', '.join(SPLITS)}")
+        self.split, self.size, self.seed, self.bad = split, size, seed, set()
 
     def __len__(self):
         return 1_000_000    # as good as endless
+
+    def summary(self):
+        """What there is, in one line."""
+        return f"built-in scenes, split {self.split}, such as {self.captions(1)[0]!r}"
+
+    def captions(self, n):
+        """The captions of the first n scenes: list[str]."""
+        return [self.sample(index)[1] for index in range(n)]
 
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
@@ -101,22 +110,17 @@ class Scenes:
             boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
         return self._draw(objects, boxes, background), caption
 
-    def captions(self, n):
-        """The captions of the first n scenes: list[str]."""
-        return [self.sample(index)[1] for index in range(n)]
-
     def _compose(self, rng):
         """-> what `read_caption` reads, with every size, and a caption."""
         def choose(choices):
             return list(choices)[rng.integers(len(choices))]
 
-        about = rng.choice(list(KINDS), p=list(KINDS.values()))
-        related = about == "relation" or self.group != "common"
-        while True:
+        about, rare = rng.choice(list(KINDS), p=list(KINDS.values())), self.split == "pair"
+        related = about == "relation" or rare
+        things = []
+        while not things or related and (things[0] == things[1] or rare == RARE.isdisjoint(things)):
             things = [(choose(COLOURS), choose(SHAPES)) for _ in range(1 + related)]
-            relation = choose(RELATIONS) if related else None
-            if not related or group(things[0], relation, things[1]) == self.group:
-                break
+        relation = choose(RELATIONS) if related else None
         objects = [(choose(SIZES), *thing) for thing in things]
         nouns = [" ".join(words if rng.integers(2) else words[1:]) for words in objects]
         caption = f"a {nouns[0]}"
@@ -192,89 +196,72 @@ def kind(caption):
     return "relation" if relation else "counts" if len(objects) > 1 else "one object"
 
 
-def _regions(mask):
-    """The 4-connected regions of a boolean (H,W) mask, each as a mask of its own: every pixel takes
-    the largest number among itself and its neighbours, until no number moves any more."""
-    labels, before = mask * np.arange(1, mask.size + 1).reshape(mask.shape), None
-    while not np.array_equal(labels, before):
-        before, wide = labels, np.pad(labels, 1)
-        near = wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]
-        labels = mask * np.maximum(labels, np.max(near, 0))
-    return [labels == label for label in np.unique(labels[mask])]
+def pixels(image):
+    """Tensor (3,H,W), uint8 or float in [0,1] -> uint8 array (H,W,3)."""
+    if image.is_floating_point():
+        image = image.detach().float().clamp(0, 1).mul(255).round().byte()
+    return image.permute(1, 2, 0).cpu().numpy()
 
 
-def _recognise(image, background):
-    """Yields (size, colour, shape, centre) of each object in a float (S,S,3) picture in 0..255:
-    what must be drawn to get it. One not well formed and in one colour has the shape "malformed".
-    """
-    cell, plain = len(image) // GRID, np.float32(BACKGROUNDS[background])
-    image = image - plain    # 0 where the background is
-    tones = {name: np.float32(rgb) - plain for name, rgb in COLOURS.items()}
-    for region in _regions(abs(image).max(-1) > 40):
-        pixels = image[region]
-        if len(pixels) < max(2, cell * cell / 16):
-            continue    # noise of the tokenizer: 3 pixels of 64 x 64
-        core = np.median(pixels[np.argsort(-np.square(pixels).sum(-1))[: len(pixels) // 2]], 0)
-        gap, colour = min((abs(core - tone).max(), name) for name, tone in tones.items())
-        cover = image @ tones[colour] / np.square(tones[colour]).sum()    # 1: colour, 0: background
-        y, x = ((places.min() + places.max() + 1) / 2 for places in np.nonzero(region))
-        fits = []
-        for size, shape, up, over in product(SIZES, SHAPES, *[(math.floor, math.ceil)] * 2):
-            drawn = stencil(shape, SIZES[size] * cell)
-            top, left = up(y - len(drawn) / 2), over(x - len(drawn) / 2)
-            box = np.s_[top : top + len(drawn), left : left + len(drawn)]
-            if cover[box].shape == drawn.shape:    # else this size would stick out of the picture
-                missed = abs(cover[box] - drawn).sum() + len(pixels) - region[box].sum()
-                fits.append((missed / drawn.sum(), size, shape))
-        error, size, shape = min(fits, default=(1.0, None, None))
-        yield size, colour, shape if gap <= 35 and error <= 0.15 else "malformed", (x, y)
+def _locate(near, shape, side):
+    """Where `near` (S,S), 1 in an object's colour and 0 in the background's, is most like a shape
+    of side x side pixels -> squared error there as a share of the shape's, top, left, side."""
+    drawn = torch.from_numpy(stencil(shape, side))
+    # The sum of (near - drawn)² at every place, but for that of drawn², which is the same.
+    maps, kernel = torch.stack([near**2, near]), torch.stack([drawn**0, -2 * drawn])
+    errors = F.conv2d(maps[None], kernel[None])[0, 0] / drawn.square().sum()
+    top, left = divmod(int(errors.argmin()), errors.shape[1])
+    return float(errors.min()), top, left, side
 
 
 def check(image, caption):
     """Does the picture show just what the caption says: every object, its colour, shape and size
     where named, number, relation, background (white unless named), and nothing else?
 
-    image: uint8 (S,S,3), or a tensor (3,S,S), uint8 or float in [0,1]; S a multiple of 8, at least
-    56: below that neighbours touch. Decides from these two alone. Raises ValueError for a caption
-    that is not one of the built-in scenes'.
+    Each object is looked for where the picture is most like it, and taken away; in the end,
+    nothing may be left. image: uint8 (S,S,3), or a tensor (3,S,S), uint8 or float in [0,1]; S a
+    multiple of 8, at least 56: below that neighbours touch. Decides from these two alone. Raises
+    ValueError for a caption that is not one of the built-in scenes'.
     """
-    if isinstance(image, torch.Tensor):
-        whole = 255 if image.is_floating_point() else 1
-        image = image.detach().float().mul(whole).clamp(0, 255).permute(1, 2, 0).cpu().numpy()
-    wanted, relation, background = read_caption(caption)
-    found = list(_recognise(image.astype(np.float32), background))
-    return len(found) == len(wanted) and any(
-        all(size in (None, got[0]) and (colour, shape) == got[1:3]
-            for (size, colour, shape), got in zip(wanted, things))
-        and (relation is None or _related(things[0][3], things[1][3], relation))
-        for things in (found, found[::-1]))
+    objects, relation, background = read_caption(caption)
+    image = pixels(image) if isinstance(image, torch.Tensor) else image
+    plain, cell, centres = np.float32(BACKGROUNDS[background]), len(image) // GRID, []
+    image = image.astype(np.float32) - plain                                # 0: background
+    for size, colour, shape in objects:
+        tone = np.float32(COLOURS[colour]) - plain
+        near = torch.from_numpy(1 - np.linalg.norm(image - tone, axis=-1) / np.linalg.norm(tone))
+        sizes = [size] if size else SIZES
+        _, top, left, side = min(_locate(near, shape, SIZES[name] * cell) for name in sizes)
+        box, drawn = np.s_[top : top + side, left : left + side], stencil(shape, side)
+        wrong = abs(image[box] @ tone / (tone @ tone) - drawn).sum() / drawn.sum()
+        shade = abs(np.median(image[box][drawn > 0.9], 0) - tone).max()
+        if wrong > 0.15 or shade > 35:
+            return False
+        image[box] = 0
+        centres.append((left + side / 2, top + side / 2))
+    # Noise of the tokenizer covers less than a quarter of any square of half a cell.
+    left = torch.from_numpy(abs(image).max(-1) > 40).float()
+    clear = F.avg_pool2d(left[None], cell // 2, stride=1).max() < 0.25
+    return bool(clear) and (relation is None or _related(*centres, relation))
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Real pictures
 # ---------------------------------------------------------------------------------------------
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-LISTS = ("metadata.jsonl", "metadata.csv")    # as Hugging Face's ImageFolder
-# A file of the data: `size` bytes of `path` from `offset` on, which is inside a shard; or all of
-# it. `stem` is what a picture and the captions beside it have in common: the name up to the last
-# dot; in a shard, up to the first.
-File = namedtuple("File", "path stem offset size", defaults=("", 0, -1))
-
-
-@contextmanager
-def explain(what, expected):
-    """An error inside ends the program with one line: what is wrong, how, what was expected."""
-    try:
-        yield
-    except Exception as error:    # as many kinds as there are ways to be something else
-        how = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise SystemExit(f"{what}: {how}; expected {expected}")
-
-
-def clean(text):
-    """Any str -> one that can be printed and encoded: a file name need not be UTF-8."""
-    return text.encode(errors="replace").decode()
+# Whatever Pillow reads, without what is no picture or needs other programs.
+ENDINGS = tuple(ending for ending, name in Image.registered_extensions().items()
+                if name not in ("PDF", "EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PALM"))
+# In a list of captions: the keys, or columns, of a picture's path and of its captions.
+PATH = re.compile(r"\s*((file|image)_?(name|path)|image|path)\s*", re.IGNORECASE)
+CAPTION = re.compile(r"\s*(text|caption|prompt)s?(_?\d+)?\s*", re.IGNORECASE)
+MAY_BE_LIST = re.compile(r"(?<!LICENSE|.README)\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
+SURPLUS = "more cells than columns"
+LISTS = (".jsonl", ".csv", ".tsv", ".txt")
+EXPECTED = ('rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl, or a .csv with '
+            "the columns file_name,text")
+# A file of the data: all of `path`, or of a shard, the `size` bytes from `offset` on.
+File = namedtuple("File", "path offset size", defaults=(0, -1))
 
 
 def open_image(file, draft=math.inf):
@@ -282,20 +269,29 @@ def open_image(file, draft=math.inf):
 
     file: path or binary file object. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 size, the
     smallest with both sides >= draft; several times faster for large photographs.
-    EXIF rotation is applied, transparency lies on white, 16 bits are scaled to 8, of an
-    animation the first frame counts. Raises OSError, whatever is wrong with the file.
+    EXIF rotation is applied, transparency lies on white, of an animation the first frame counts.
+    White is 65,535 where there are 16 bits, or 4,095 or 255 if no value is above (a camera's 12
+    bits in a TIFF); where there are fractions it is the largest, but at least 1. Raises OSError,
+    whatever is wrong with the file.
     """
     try:
         image = Image.open(file)
         image.draft(None, (draft, draft))
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):    # 16 bits: PIL's own conversion would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        if image.mode[0] in "IF":    # Pillow would clip at 255
+            values = np.asarray(image, np.float32)
+            low, high = min(values.min(), 0), values.max()
+            if not np.isfinite(high - low):
+                raise ValueError("holds values that are not finite")
+            tops = [1] if image.mode == "F" else [255, 4095, 65535]
+            white = min((top for top in tops if top >= high), default=high)
+            values = (values - low) / (white - low) * 255
+            image = Image.fromarray(values.round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:    # PIL meets damaged files with a dozen different exceptions
+    except Exception as error:    # Pillow meets damaged files with a dozen different exceptions
         raise OSError(f"{type(error).__name__}: {error}".split(" <_io")[0]) from None
 
 
@@ -340,152 +336,199 @@ def centre_crop(image, size, rng=None):
 
 
 def _read(file):
-    """The bytes of a File, read only now: there may be millions."""
-    return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
+    """The bytes of a File. Raises OSError if it cannot be read."""
+    content = np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise OSError("a Git-LFS pointer in the place of the file: git lfs pull")
+    return content
 
 
-def _inside(folder, name):
-    """The path of the file `name` of a folder. Raises ValueError if it leads out of there."""
-    if re.match(r"[/\\]|\w+:[/\\]", name) or ".." in re.split(r"[/\\]", name):
-        raise ValueError(f"{name} is not a relative path without '..'")
-    return normpath(join(folder, name))
+def _text(file):
+    """What a File says, in UTF-8 or, as spreadsheets write it, in cp1252."""
+    content = _read(file)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
 
 
 def _index(path):
     """{name: File} of all files below a folder or in a .tar, sorted, without hidden ones.
 
-    Shards are read in place: only the offsets of their members are kept, so that access is
-    random and nothing is ever unpacked. A shard counts as a folder of its name.
+    Links are followed, each folder is read once. Shards are read in place: only the offsets of
+    their members are kept, so access is random and nothing is unpacked. A shard counts as a folder
+    of its name; what is a link in there gets the ending .link.
     """
-    files = {}
-    found = [os.path.join(folder, base) for folder, _, bases in os.walk(path) for base in bases]
-    for file in found or [str(path)]:
-        name = normpath(file.removeprefix(str(path)).replace(os.sep, "/").lstrip("/"))
-        files[name] = File(file, splitext(name)[0])
-        if file.lower().endswith(".tar"):
-            with explain(file, "a whole, uncompressed .tar"), tarfile.open(file, "r:") as shard:
+    files, seen, paths = {}, set(), []
+    for folder, folders, bases in os.walk(path, followlinks=True):
+        folders.sort()
+        if os.path.realpath(folder) in seen:    # links may form a loop
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        paths += [os.path.join(folder, base) for base in bases]
+    for file in paths or [str(path)]:
+        name = os.path.relpath(file, path).replace(os.sep, "/")
+        if not file.lower().endswith(".tar"):
+            files[name] = File(file)
+            continue
+        try:
+            with tarfile.open(file, "r:") as shard:
                 for member in shard:
-                    if member.issparse() or not (member.isreg() or member.isdir()):
-                        raise ValueError(f"{member.name} is a link, a device or sparse")
-                    inner = _inside(name, member.name)
-                    stem = re.match(r"(.*/)?[^/.]*", inner)[0]
-                    files[inner] = File(file, stem, member.offset_data, member.size)
-                if _read(File(file, "", shard.offset, 512)) != bytes(512):
-                    raise ValueError("cut short or damaged")    # tarfile takes any end for the end
+                    inner = normpath(name + normpath("/" + member.name))
+                    inner += "" if member.isreg() else ".link"
+                    if not member.isdir():
+                        files[inner] = File(file, member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise ValueError(f"{file}: {error}; expected a whole .tar, not compressed") from None
     return {name: files[name] for name in sorted(files) if "/." not in "/" + name}
 
 
-def _rows(name, file):
-    """The rows of a caption file, dicts: of a table, with a file_name; of a .txt, its lines."""
-    ending = splitext(name)[1].lower()
-    text = _read(file).decode("utf-8-sig", "replace" if ending == ".txt" else "strict")
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("a Git-LFS pointer in the place of the file: git lfs pull")
-    lines = [line for line in text.split("\n") if line.strip()]
-    if ending == ".txt":
-        return [{"text": line} for line in lines]
+def _values(row, keys):
+    """The values, and those in lists, of a row {key: value} whose keys match a pattern."""
+    pairs = row.items() if isinstance(row, dict) else ()
+    found = [value for key, value in pairs if keys.fullmatch(key)]
+    found = sum((value if isinstance(value, list) else [value] for value in found), [])
+    return [str(value) for value in found if value]
+
+
+def _rows(source, text):
+    """A list of captions -> [(path of a picture, its captions)]; [] if it is none. Raises
+    ValueError for a row that lacks something."""
+    ending = splitext(source)[1].lower()
     if ending == ".jsonl":
-        return [json.loads(line) for line in lines]
-    if ending == ".csv":    # only the csv module can tell rows from line breaks
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    table = json.loads(text)    # COCO's, or a single row
-    names = {image["id"]: image["file_name"] for image in table.get("images", ())}
-    rows = table.get("annotations", [table])
-    return [{**row, "file_name": names.get(row.get("image_id"), "")} for row in rows]
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads("[" + ",\n".join(lines) + "]")    # an error names the line
+    elif ending == ".json":    # COCO's, or a list of rows
+        table = json.loads(text)
+        rows = table if isinstance(table, list) else table["annotations"]
+        if rows is not table:
+            names = {image["id"]: image["file_name"] for image in table["images"]}
+            rows = [row | {"path": names.get(row["image_id"], "unknown")} for row in rows]
+    else:
+        mark = max(",;\t|", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark,
+                                   restkey=SURPLUS, skipinitialspace=True))
+    needed = (PATH, CAPTION) if ending == ".txt" else (PATH,)    # a .txt may be anything else
+    if not rows or not all(any(map(keys.fullmatch, rows[0])) for keys in needed):
+        return []
+    for number, row in enumerate(rows, 1):
+        if not (_values(row, PATH) and any(map(CAPTION.fullmatch, row))) or SURPLUS in row:
+            raise ValueError(f"row {number} has {', '.join(row)}")
+    return [(_values(row, PATH)[0].replace("\\", "/"), _values(row, CAPTION)) for row in rows]
 
 
-def _caption(row):
-    """The caption in a row of a caption file, on one line. Raises LookupError without one."""
-    text = [row[key] for key in ("text", "caption", "prompt") if key in row][0]
-    return " ".join(str(text or "").split())
+def _listed(sources, pictures, root):
+    """Lists {name: File} -> {picture: captions}, the set of those that are lists, paths in them
+    that are no picture's. Raises ValueError for what is not clear.
 
-
-def _listed(names, lists, anywhere=False):
-    """{picture: its captions} of those that `lists`, {name: File}, mention.
-
-    Their paths are relative to the list, as in metadata; or `anywhere`, as in COCO captions JSON,
-    to any folder of the data. Raises SystemExit with one line for a list that is none.
+    A row means the picture that its path leads to, or else the one whose path ends like it.
     """
-    alike = {base: list(same) for base, same in groupby(sorted(names, key=basename), basename)}
-    listed = defaultdict(list)
-    for source, file in lists.items():
-        with explain(source, "COCO captions JSON, or UTF-8 rows with file_name and text"):
-            for row in _rows(source, file):
-                path = _inside("" if anywhere else dirname(source), row["file_name"])
-                found = [name for name in alike.get(basename(path), ())
-                         if name == path or anywhere and name.endswith("/" + path)]
-                if len(found) > 1:
-                    raise ValueError(f"{path} may be {' or '.join(found)}; give --data its folder")
-                for name in found:
-                    listed[name].append(_caption(row))
-    if not listed:
-        raise SystemExit(f"{source} (COCO, metadata) names no picture of these: {names[0]} ...")
-    return listed
+    texts, used, lost, alike = defaultdict(list), set(), [], defaultdict(list)
+    for name in pictures:
+        alike[basename(name)].append(name)
+    for source, file in sources.items():
+        try:
+            rows = _rows(source, _text(file))
+        except Exception as error:    # as many kinds as there are ways to be no list
+            raise ValueError(f"{source}: {error}; expected {EXPECTED}") from None
+        used |= {source} if rows else set()
+        for path, captions in rows:
+            exact, end = normpath(join(dirname(source), path)), "/" + path.lstrip("./")
+            found = [name for name in alike[basename(path)] if f"{root}/{name}".endswith(end)]
+            found = [exact] if exact in found else found
+            if len(found) > 1:
+                raise ValueError(f"{source}: {path} may be {' or '.join(found)}; write more of it")
+            for name in found:
+                texts[name] += captions
+            lost += [] if found else [path]
+    return texts, used, lost
+
+
+def _beside(files, pictures):
+    """{picture: captions} from x.txt, each line one, or else x.json beside x.png, and the set of
+    these files. In a shard, what their names have in common ends at the first dot."""
+    texts, used = {}, set()
+    for name in pictures:
+        stem = splitext(name)[0] if files[name].size < 0 else re.match("(.*/)?[^/.]*", name)[0]
+        if stem + ".txt" in files:
+            texts[name] = _text(files[stem + ".txt"]).splitlines()
+        elif stem + ".json" in files:
+            texts[name] = _values(json.loads(_text(files[stem + ".json"])), CAPTION)
+        used |= {stem + ".txt", stem + ".json"}
+    return texts, used & files.keys()
 
 
 class Pictures:
-    """A folder or .tar shards of pictures: sample(index, rng), captions(n), len().
+    """A folder or .tar shards of pictures: sample(index, rng), captions(n), len(), summary().
 
-    Captions come from the first of these that there is: `captions` (COCO captions JSON);
-    metadata.jsonl or metadata.csv at any depth (as Hugging Face's ImageFolder); x.txt, each line
-    a caption, or x.json beside x.png; the name of the picture's folder. Pictures that the first
-    two do not list are left out.
+    Captions come from the first of these that there is: `captions`, a list or COCO captions JSON;
+    any .jsonl, .csv, .tsv or .txt whose rows name pictures (as Hugging Face's ImageFolder, or
+    Flickr8k); x.txt, each line a caption, or x.json beside x.png; the name of the picture's
+    folder. Pictures that a list does not name are left out.
 
-    split: "train", or anything else for the 2 % of pictures that are held out, chosen by a
-    hash of their names. Raises SystemExit with one line if the data are not as described.
+    split: "train"; "held-out", the 2 % of pictures whose names' hash says so; "all". Raises
+    SystemExit if there is no picture, or if a list lies there that cannot be read while all
+    captions would be the same; ValueError if a list or a shard is not as described.
     """
 
-    def __init__(self, path, captions=None, size=256, crop=tokenizer_crop, split="train"):
-        self.size, self.crop, self.files = size, crop, _index(path)
-        names = [name for name in self.files if name.lower().endswith(EXTENSIONS)]
-        if not names:
-            raise SystemExit(f"--data {path}: no picture there; expected a folder or a .tar file "
-                             f"that exists, with {' '.join(EXTENSIONS)}")
-        lists = {str(captions): File(captions)} if captions else {
-            name: file for name, file in self.files.items() if basename(name) in LISTS}
-        beside = {file.stem: name for name, file in self.files.items()
-                  if name.lower().endswith((".txt", ".json"))}    # sorted: .txt wins over .json
-        # {picture: its captions, or the name of the file beside it that holds them}
-        self.texts = {name: beside.get(self.files[name].stem, []) for name in names}
-        if lists:
-            self.texts = _listed(names, lists, anywhere=bool(captions))
-        elif not any(self.texts.values()):
-            self.texts = {name: [_folder(name)] for name in names}
-        train = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50}
-        chosen = train if split == "train" else self.texts.keys() - train
-        self.names = sorted(chosen or self.texts)    # too few cannot be split
+    def __init__(self, path, captions="", size=256, crop=tokenizer_crop, split="train"):
+        self.size, self.crop, self.bad, self.files = size, crop, set(), _index(path)
+        pictures = [name for name in self.files if name.lower().endswith(ENDINGS)]
+        lists = {name: file for name, file in self.files.items() if name.lower().endswith(LISTS)}
+        if captions:
+            lists = {os.path.relpath(captions, path).replace(os.sep, "/"): File(captions)}
+        texts, used, lost = _listed(lists, pictures, os.path.abspath(path).replace(os.sep, "/"))
+        if pictures and (captions or lost) and not texts:
+            raise ValueError(f"{captions or min(used)}: no row names a picture, such as "
+                             f"{pictures[0]}; one names {lost[:1]}; expected {EXPECTED}")
+        if not texts:
+            texts, used = _beside(self.files, pictures)
+            texts = {name: texts.get(name, []) if texts else [_folder(name)] for name in pictures}
+        self.texts = {name: [" ".join(clean(text).split()) for text in texts[name] if text.strip()]
+                      or [""] for name in texts}
+        held = {name for name in texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
+        chosen = {"train": texts.keys() - held, "held-out": held, "all": texts}[split]
+        self.names = sorted(chosen or texts)    # too few cannot be split
+
+        rest = sorted(self.files.keys() - used - set(pictures))
+        unread = Counter(splitext(name)[1].lower() or basename(name) for name in rest)
+        words = sorted({text for texts in self.texts.values() for text in texts} - {""})
+        self.line = (
+            f"{path}: {len(texts)} pictures of {len(self.files)} files; {len(words)} captions, such"
+            f" as {words[:1]}, from {', '.join(sorted(used)[:2]) or 'names of folders'}; without "
+            f"caption {sum(texts == [''] for texts in self.texts.values())}, in no list "
+            f"{len(pictures) - len(texts)}, rows without picture {len(lost)} {lost[:1]}; not read: "
+            f"{', '.join(f'{ending} {n}' for ending, n in unread.items()) or 'nothing'}")
+        if not pictures:
+            raise SystemExit(f"--data {self.line}; expected a folder, or shards as plain .tar, not "
+                             ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
+        stray = [name for name in rest if MAY_BE_LIST.search("/" + name)]
+        if len(words) == 1 and stray and not used:
+            raise SystemExit(f"--data {path}: every caption would be the folder's name, "
+                             f"{words[0]!r}, since {stray[0]} is not read; it needs {EXPECTED}; or "
+                             "give COCO's file by --captions; or keep what is no list elsewhere")
 
     def __len__(self):
         return len(self.names)
+
+    def summary(self):
+        """What was read and what was not, in one line."""
+        return clean(self.line)
 
     def sample(self, index, rng):
         """-> uint8 (size, size, 3), caption. Raises OSError for a file that is bad or gone."""
         name = self.names[index]
         # 3/2·size is the largest t of tokenizer_crop: decoding at no less loses nothing.
         image = open_image(io.BytesIO(_read(self.files[name])), round(1.5 * self.size))
-        captions = self._captions(name)
+        captions = self.texts[name]
         return self.crop(image, self.size, rng), captions[rng.integers(len(captions))]
 
     def captions(self, n):
         """At most n captions, spread evenly over all: list[str]."""
-        names = spread(self.names, n)
-        return spread([caption for name in names for caption in self._captions(name)], n)
-
-    def _captions(self, name):
-        """All captions of a picture: at least one, which may be empty."""
-        texts = self.texts[name]
-        if isinstance(texts, str):
-            try:
-                texts = [_caption(row) for row in _rows(texts, self.files[texts])]
-            except Exception:    # a .json without a caption, or no JSON
-                texts = []
-        return [clean(text) for text in texts] or [""]
-
-
-def spread(items, n):
-    """At most n items of a list, spread evenly over it."""
-    n = min(n, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
+        captions = [text for name in self.names for text in self.texts[name]]
+        n = min(n, len(captions))
+        return [captions[i * len(captions) // n] for i in range(n)]
 
 
 def _folder(name):
@@ -494,11 +537,13 @@ def _folder(name):
     return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
 
 
-def open_data(path, captions=None, size=256, crop=tokenizer_crop, split="train", seed=0):
+def open_data(path, captions="", size=256, crop=tokenizer_crop, split="train", seed=0):
     """The data of --data and --captions: built-in scenes if path is empty, else Pictures."""
     if captions and not path:
-        raise SystemExit(f"--captions {captions} needs --data, the folder of its pictures")
-    return Pictures(path, captions, size, crop, split) if path else Scenes(split, size, seed)
+        raise ValueError(f"--captions {captions} needs --data, the folder of its pictures")
+    if path:
+        return Pictures(path, captions, size, crop, split)
+    return Scenes("seen" if split == "held-out" else split, size, seed)
 
 
 def save_grid(path, rows, labels=None):
@@ -506,15 +551,16 @@ def save_grid(path, rows, labels=None):
 
     Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
     """
-    rows = [row.detach().float().clamp(0, 1).mul(255).round().byte().cpu() for row in rows]
-    sheet = nn.utils.rnn.pad_sequence(rows, True, 255)                          # (R,n,3,H,W)
-    zoom, foot = max(1, 128 // sheet.shape[-1]), 18 if labels else 0
-    sheet = sheet.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
-    sheet = nn.functional.pad(sheet, (2, 2, 2, 2 + foot), value=255)            # (R,n,3,h,w)
-    sheet = sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)            # (R·h,n·w,3)
-    sheet = Image.fromarray(sheet.numpy())
-    for y, label in enumerate(labels or (), 1):
-        ImageDraw.Draw(sheet).text((3, y * sheet.height // len(rows) - foot), label, "black")
+    height, width = rows[0].shape[2:]
+    zoom, foot = max(1, 128 // width), 18 if labels else 0
+    across, down = zoom * width + 4, zoom * height + 4 + foot
+    sheet = Image.new("RGB", (across * max(map(len, rows)), down * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            tile = Image.fromarray(pixels(picture)).resize((zoom * width, zoom * height), 0)
+            sheet.paste(tile, (x * across + 2, y * down + 2))
+        if labels:
+            ImageDraw.Draw(sheet).text((3, (y + 1) * down - foot), labels[y], "black")
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
 
@@ -531,17 +577,18 @@ def train_tokens(captions, pieces=16_000):
 
     BPE, which makes words of few captions too. Case is folded. What the vocabulary lacks is
     spelt in UTF-8 bytes, so that no text is unknown. Few captions give fewer pieces. Raises
-    SystemExit if no caption has any text.
+    ValueError if no caption has any text.
     """
     captions = [caption[:1000] for caption in captions if caption.strip()]
+    if not captions:
+        raise ValueError("no picture has a caption: give --captions FILE, a metadata.jsonl with "
+                         "file_name and text, x.txt beside x.png, or folders with names")
     model = io.BytesIO()
-    with explain(f"--pieces {pieces} from {len(captions)} captions with text", "more pieces; or "
-                 "captions: --captions, metadata, .txt beside the pictures, names of folders"):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
-            model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
-            normalization_rule_name="nmt_nfkc_cf", minloglevel=2,
-            pad_id=PAD, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions), model_writer=model, vocab_size=pieces,
+        model_type="bpe", hard_vocab_limit=False, byte_fallback=True, num_threads=1,
+        normalization_rule_name="nmt_nfkc_cf", minloglevel=2,
+        pad_id=PAD, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS)
     return model.getvalue()
 
 
@@ -557,7 +604,7 @@ class Text:
         self.length, self.vocab, self.truncated = length, self.pieces.vocab_size(), 0
 
     def __call__(self, captions):
-        ids = torch.full((len(captions), self.length), PAD)    # (B,T)
+        ids = torch.full((len(captions), self.length), PAD)                 # (B,T)
         for row, caption, tokens in zip(ids, captions, self.pieces.encode(list(captions))):
             kept = tokens[: self.length - 1] + [EOS] if tokens else []
             row[: len(kept)] = torch.tensor(kept)
@@ -579,87 +626,72 @@ def shuffled(n, seed, epoch):
 
 
 class Stream(torch.utils.data.Dataset):
-    """Endless: position -> uint8 (3,S,S), caption, and a line for each bad file met instead.
+    """Endless: position -> uint8 (3,S,S), caption, a line for each bad picture that was met.
 
     The generator of a sample, for augmentation and for caption dropout, is seeded by (seed,
     position), so neither workers nor processes nor a resume change anything, and no state has to
-    be saved. drop: probability of an empty caption. After 100 bad files the picture is black.
+    be saved. drop: probability of an empty caption. Raises OSError at 100 bad pictures in a row.
     """
 
     def __init__(self, dataset, seed, drop=0.0):
         self.dataset, self.seed, self.drop = dataset, seed, drop
 
     def __getitem__(self, position):
-        rng, bad = np.random.default_rng((self.seed, position)), ""
-        for later in range(position, position + 100):    # a bad file gives way to the next one
-            epoch, place = divmod(later, len(self.dataset))
-            index = later    # of scenes, which never repeat
-            if not isinstance(self.dataset, Scenes):
-                index = shuffled(len(self.dataset), self.seed, epoch)[place]
+        rng, bad = np.random.default_rng((self.seed, position)), []
+        for later in range(position, position + 100):    # a bad picture gives way to the next one
+            epoch, index = divmod(later, len(self.dataset))
+            index = (later if isinstance(self.dataset, Scenes) else    # these never repeat
+                     shuffled(len(self.dataset), self.seed, epoch)[index])
             try:
-                pixels, caption = self.dataset.sample(index, rng)                 # (S,S,3)
+                image, caption = self.dataset.sample(index, rng)            # (S,S,3)
                 caption = "" if rng.random() < self.drop else caption
-                return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), caption, bad
+                return torch.from_numpy(image).permute(2, 0, 1).contiguous(), caption, "".join(bad)
             except OSError as error:
-                bad += clean(f"{self.dataset.names[index]}: {error}\n")
-        return torch.zeros(3, self.dataset.size, self.dataset.size).byte(), "", bad
+                bad.append(f"{self.dataset.names[index]}: {error.strerror or error}\n")
+        raise OSError(f"100 bad pictures in a row, the last one {bad[-1].strip()}")
 
 
-def _deaf(worker):
-    """Ctrl-C reaches the workers too; they must go on until the main process has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def batches(dataset, batch, seed, start, steps, rank=0, world=1, micro=0, workers=0, drop=0.0):
+    """Yields uint8 (b,3,S,S), list of b captions: in parts of b <= micro (0: all), this process's
+    share, batch/world, of the global batches of the steps start .. steps-1.
 
-
-def batches(dataset, batch, seed, start, steps, rank=0, world=1, workers=0, drop=0.0, text=None):
-    """Yields this process's slice of the global batches of the steps start .. steps-1.
-
-    -> uint8 (batch/world,3,S,S), and text(captions) (b,T) int64, or the list of captions if text
-    is None. drop: probability of an empty caption. Bad files are named once; SystemExit lists
-    them when they are more than 2 % (of the data; of what was read so far, from 10,000 on), or
-    100 in a row.
+    drop: probability of an empty caption. Each bad picture is named once; raises OSError when
+    these are more than half of all, or 100 in a row.
     """
-    share = slice(batch * rank // world, batch * (rank + 1) // world)
-    positions = (range(step * batch, (step + 1) * batch)[share] for step in range(start, steps))
+    share = batch // world
+    positions = (range(first + i, first + min(i + (micro or share), share))
+                 for first in range(start * batch + rank * share, steps * batch, batch)
+                 for i in range(0, share, micro or share))
     loader = torch.utils.data.DataLoader(
         Stream(dataset, seed, drop), batch_sampler=positions, num_workers=workers,
-        worker_init_fn=_deaf, pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())    # its own: loading must not disturb torch's random state
-    named, met = vars(dataset).setdefault("bad", set()), set()    # named once in all streams
-    for step, (images, captions, bad) in enumerate(loader, 1):
-        met.update("".join(bad).splitlines())
-        for line in met - named:
-            named.add(line)
-            tqdm.write(f"skipped a bad picture ({len(named)} so far): {line}")
-        read = max(step * len(captions), 10_000)
-        if met and (len(met) > 0.02 * min(len(dataset.texts), read)    # of all, held out or not
-                    or max(lines.count("\n") for lines in bad) >= 100):
-            those = "; ".join(sorted(met)[:100])
-            raise SystemExit(f"more than 2 % of the pictures are bad; repair or remove {those}")
-        yield images, text(captions) if text else list(captions)
+    for images, captions, bad in loader:
+        for line in {*"".join(bad).splitlines()} - dataset.bad:
+            dataset.bad.add(line)
+            tqdm.write(clean(f"skipped a bad picture ({len(dataset.bad)} so far): {line}"))
+        if len(dataset.bad) > len(dataset) / 2:
+            raise OSError(f"more than half of the pictures are bad, such as {min(dataset.bad)}")
+        yield images, list(captions)
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Runtime: options, processes, checkpoints, logs, the training loop of both stages
+# 5. Runtime: what both training scripts must do alike to be right
 # ---------------------------------------------------------------------------------------------
-
-def option(default, help, **more):
-    """A field of a dataclass that `parse` turns into an option. more: choices; most and least, the
-    bounds of a number, where the least is not 0, nor 1 for a whole one with a default above 0."""
-    return dataclasses.field(default=default, metadata={"help": help, **more})
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a run does and where, beside the sizes of the model and the recipe."""
-    data: str = option("", "folder or .tar; empty: built-in scenes")
-    preset: str = option("", "sizes and recipe; empty: tiny, and the papers' with --data")
-    out: str = option("out/", "folder of checkpoints, logs and pictures")
-    workers: int = option(0, "processes that load data")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "auto, float32 or bfloat16")
+    """What a run does and where; every field is an option of both training scripts."""
+    stage: str
+    data: str = ""           # folder or .tar; empty: built-in scenes
+    preset: str = ""         # sizes and recipe; empty: see `parse`
+    out: str = "out/"        # folder of checkpoints, logs and pictures
+    init: str = ""           # checkpoint from whose weights a new run starts
+    fresh: bool = False      # start over
+    workers: int = 0         # processes that load data; on a GPU one a core, at most 8
+    device: str = "auto"     # auto, cpu, cuda or mps
+    dtype: str = "auto"      # auto, float32 or bfloat16
     compile: bool = False
-    fresh: bool = option(False, "start over")
     wandb: bool = False
 
 
@@ -667,133 +699,94 @@ class Options:
 class Recipe:
     """How to train: what both stages share. The papers' values stand in the scripts."""
     steps: int
-    batch: int = option(256, "pictures per step, over all processes")
-    accumulate: int = option(1, "parts that a batch is computed in")
+    batch: int                    # pictures per step of the optimizer, over all processes
+    micro: int = 0                # that a process computes at a time; 0: 16 on a GPU, 4 on a CPU
     lr: float
-    warmup: int = option(0, "steps in which the rate grows to lr", least=0)
-    schedule: str = option("cosine", "of the rate", choices=("cosine", "exponential", "linear"))
-    decay_from: int = option(0, "step at which the rate begins to fall", least=0)
-    final: float = option(0.5, "last rate as a fraction of lr")
+    warmup: int = 0               # steps in which the rate grows to lr
+    schedule: str = "cosine"      # of the rate: cosine, exponential or linear
+    decay_from: int = 0           # step at which the rate begins to fall
+    final: float = 0.5            # last rate as a fraction of lr
     weight_decay: float
-    clip: float = option(math.inf, "largest norm of the gradient", most=math.inf)
-    seed: int = option(0, "of weights, data and dropout")
-    log_every: int = 10
-    save_every: int = option(5_000, "steps; evaluates, too")
-
-    def rate(self, step):
-        """The learning rate of update `step`, counted from 1: linear warm-up, then "cosine"
-        (ViT-VQGAN §5.1), or flat to decay_from and then "exponential" (Parti §3) or "linear"."""
-        if step < self.warmup:
-            return self.lr * step / self.warmup
-        begin = max(self.warmup, self.decay_from)
-        progress = min(max(step - begin, 0) / max(self.steps - begin, 1), 1.0)
-        if self.schedule == "exponential":
-            return self.lr * self.final**progress
-        # What is left of the way down, from 1 to 0.
-        left = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1 - progress
-        return self.lr * (self.final + (1 - self.final) * left)
+    clip: float = math.inf        # largest norm of the gradient
+    seed: int = 0                 # of weights, data and dropout
+    save_every: int = 1000        # steps; evaluates, too
 
 
-NONE = {"tiny": dataclasses.make_dataclass("Nothing", ())()}    # presets of what has no sizes
+EARLY = 10, 100, 400    # steps after which one wants a first look
 
 
-def parse(description, options, presets=NONE, recipes=NONE, large="tiny", argv=None, derived=()):
-    """Command line -> [options, config, recipe], each a dataclass; one option per field.
+def parse(description, options, presets, recipes, large, derived=(), argv=None):
+    """Command line -> options, config, recipe: dataclasses, one option for each of their fields.
 
-    options: dataclass with defaults, holding at least `data` and `preset` if there are presets.
-    presets, recipes: {name: dataclass} with "tiny" among the names; `large` names the preset
-    that --data brings. derived: fields that are no options. What is given explicitly overrides
-    the preset. Raises SystemExit with one line, also for numbers out of range, see `option`.
+    presets: {name: config}; recipes: {stage: {name: recipe}}. Unless --preset names one it is tiny
+    for the built-in scenes and, with --data, `large` on a GPU, mini without. derived: fields that
+    are no options, since they follow from something else.
     """
-    def fail(message):
-        raise SystemExit(f"{message}; --help lists the options")
-
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="In brackets: the default, or that of preset tiny.")
-    parser.error = fail
-    fields = {field.name: (getattr(part, field.name), field.metadata)
-              for part in (presets["tiny"], recipes["tiny"], options)
-              for field in dataclasses.fields(part) if field.name not in derived}
-    for name, (default, more) in fields.items():
-        flag, how = "--" + name.replace("_", "-"), {"type": type(default)}
-        if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, tuple):    # words, before, between and after the options
-            flag, how = name, {"nargs": "*"}
-        choices = presets if name == "preset" else more.get("choices")
-        parser.add_argument(flag, default=argparse.SUPPRESS, choices=choices, **how,
-                            help=f"{more.get('help', '')} [{default}]".strip())
-    given = vars(parser.parse_intermixed_args(argv))
-    for name, value in given.items():
-        default, more = fields[name]
-        least = more.get("least", int(isinstance(default, int) and default > 0))
-        most = more.get("most", 10**12)    # torch's seeds are 64 bits, and ours a million seeds
-        if type(value) in (int, float) and not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: expected a number from {least} to {most}")
-    preset = given.setdefault("preset", large if given.get("data") else "tiny")
-    with explain("these sizes", "ones that fit; --help lists the options"):
-        return [dataclasses.replace(part, **{key: given[key] for key in vars(part) & given.keys()})
-                for part in (options, presets[preset], recipes[preset])]
-
-
-def say(message):
-    """Print a line above the progress bar, once however many processes there are."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for part in (options, presets["tiny"], recipes[options.stage]["tiny"]):
+        for name, value in vars(part).items():
+            how = {"type": type(value), "help": f"{value!r} unless the preset says otherwise"}
+            if isinstance(value, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(value, tuple):
+                how = {"type": int, "nargs": "*"}
+            if name not in derived:
+                parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args(argv))
+    gpu = pick(given.get("device", "auto"))[0].type == "cuda"
+    usual = "tiny" if not given.get("data") else large if gpu else "mini"
+    preset = given.setdefault("preset", usual)
+    stage = given.setdefault("stage", options.stage)
+    if preset not in presets or stage not in recipes:
+        parser.error(f"--preset {preset} --stage {stage}: expected one of {', '.join(presets)}; "
+                     f"one of {', '.join(recipes)}")
+    recipe = recipes[stage][preset]
+    given.setdefault("micro", recipe.micro or (16 if gpu else 4))
+    if gpu:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        given.setdefault("workers", min(8, cores))
+    return [dataclasses.replace(part, **{name: given[name] for name in vars(part) if name in given})
+            for part in (options, presets[preset], recipe)]
 
 
 def pick(device="auto", dtype="auto", width=0):
     """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice.
 
-    width: of the matrices. On a CPU bfloat16 pays for wide ones alone (the tiny prior's step takes
-    1.5 times as long), and only with instructions for it.
+    width: of the matrices. On a CPU bfloat16 pays for wide ones alone, and only where the processor
+    has instructions for it. Raises ValueError for a device that is not there.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))    # each process has a GPU of its own
-    cards = torch.cuda.device_count()
-    here = ["cuda"] * (cards > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = here[0] if device == "auto" else device
-    if name not in here or dtype not in ("auto", "float32", "bfloat16"):
-        raise SystemExit(f"--device {device} --dtype {dtype}: expected on this machine auto, "
-                         f"{', '.join(here)}; and auto, float32, bfloat16")
-    if name == "cuda" and local >= cards:
-        raise SystemExit(f"process {local} has no GPU: give --nproc-per-node {cards} at most")
-    fast = name == "cpu" and width >= 512 and (
-        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    name = (here + ["cpu"])[0] if device == "auto" else device
+    if name not in here + ["cpu"] or dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--device {device} --dtype {dtype}: expected auto, {' '.join(here)} cpu; "
+                         "auto, float32 or bfloat16")
     if name == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))    # a GPU a process
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = name == "cpu" and width >= 512 and (
+            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     short = dtype == "bfloat16" or dtype == "auto" and fast
     return torch.device(name), torch.bfloat16 if short else torch.float32
 
 
-# What torch's own errors say, and what to do about them.
-ADVICE = {"allocate": "out of memory: lower --batch or --n, raise --accumulate, or choose smaller "
-                      "sizes",
-          "compiler": "--compile needs a compiler of C++: install one, or leave the option out"}
-
-
-def launch(main):
-    """Run main(). When processes fail together, the first alone says why; all exit with 1.
-
-    The first is found by the store of torchrun, which outlives the processes that it started.
-    """
-    try:
-        main()
-    except BaseException as error:
-        if dist.is_torchelastic_launched():
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
-            if store.add("failed", 1) > 1:
-                sys.exit(1)
-        if isinstance(error, (KeyboardInterrupt, OSError)):    # a full disk, for instance
-            raise SystemExit(f"stopped ({str(error) or 'Ctrl-C'}); what was saved is whole, and "
-                             "the same command continues")
-        for word, advice in ADVICE.items():
-            if isinstance(error, Exception) and word in str(error):
-                raise SystemExit(f"{advice} ({str(error).splitlines()[0]})")
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def begin(options, width):
+    """Join the processes that torchrun started -> rank, world, device, autocast. Plain `python` is
+    one process; on a GPU they talk by NCCL, else by gloo."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device, dtype = pick(options.device, options.dtype, width)
+    if device.type == "cpu" and (torch.version.cuda or shutil.which("nvidia-smi")):
+        say("no GPU is used: torch cannot reach it; most likely its driver is older than torch's "
+            f"CUDA {torch.version.cuda} (compare nvidia-smi), or torch is a build for CPUs")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    if options.wandb and rank == 0:
+        import wandb
+        wandb.init(project="parti", name=options.stage, dir=options.out)
+    return rank, world, device, torch.autocast(device.type, dtype, dtype != torch.float32)
 
 
 def average(tensor):
@@ -804,214 +797,126 @@ def average(tensor):
     return tensor
 
 
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)    # loads into any layout
-OPTIMIZERS = {"model": "optimizer", "discriminator": "discriminator_optimizer"}    # their keys
+def parallel(network, world, compile=False):
+    """-> the network as all processes train it together (DDP); train it only through this."""
+    if compile:
+        network.compile()
+    if world > 1 and not isinstance(network, FSDPModule):
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return network
 
 
-class Run:
-    """One training run: its processes, its checkpoint out/NAME.pt, its log out/NAME.csv, its loop.
+def share_gradients(network, now):
+    """Whether the next backward pass exchanges gradients: only the last part of a batch does."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network.require_backward_grad_sync = now
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
 
-    .rank .world .main (is this rank 0?) .device .dtype .autocast .saved (the checkpoint to continue
-    from, or None; `together` frees it) .start (steps done before) .content (what each checkpoint
-    holds besides step, networks and optimizers) .stopping .skipped (steps that were not finite).
-    Plain `python` is one process; torchrun brings more (gloo on CPU, NCCL on CUDA). Order: Run,
-    `resume`, `together`, `train`; all processes call them together. read: path, dict -> dict, or
-    SystemExit if the file is damaged or none.
+
+def rate(recipe, step):
+    """The learning rate of update `step`, counted from 1: linear warm-up, flat to decay_from, then
+    "cosine" (ViT-VQGAN §5.1), "exponential" (Parti §3) or "linear" down to final * lr at the end.
     """
+    if step < recipe.warmup:
+        return recipe.lr * step / recipe.warmup
+    begin = max(recipe.warmup, recipe.decay_from)
+    progress = min(max(step - begin, 0) / max(recipe.steps - begin, 1), 1.0)
+    if recipe.schedule == "exponential":
+        return recipe.lr * recipe.final ** progress
+    if recipe.schedule not in ("cosine", "linear"):
+        raise ValueError(f"--schedule {recipe.schedule}: expected cosine, exponential or linear")
+    down = (1 - math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else progress
+    return recipe.lr * (1 - down * (1 - recipe.final))
 
-    def __init__(self, options, recipe, name, width, read):
-        self.options, self.recipe, self.name = options, recipe, name
-        self.device, self.dtype = pick(options.device, options.dtype, width)
-        self.autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        if recipe.batch % (self.world * recipe.accumulate):
-            raise SystemExit(f"--batch {recipe.batch}: expected a multiple of {self.world} "
-                             f"processes times --accumulate {recipe.accumulate}")
-        if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.path, self.previous, self.temporary, self.csv = (
-            Path(options.out, name + ending) for ending in (".pt", ".prev.pt", ".pt.tmp", ".csv"))
-        self.start = self.skipped = self.in_a_row = self.logged = 0
-        self.stopping, self.tracker = False, None
-        with explain(f"--out {options.out}", "a folder to write into; for --wandb the package, pip "
-                     "install wandb, and a login"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary.touch()    # or it is there already: a kill left it
-            self.temporary.unlink(missing_ok=True)
-            if options.wandb and self.main:
-                import wandb
-                self.tracker = wandb.init(project="parti", name=name, dir=options.out)
-        # A kill between the two renames of `save` leaves only the previous checkpoint.
-        path = self.path if self.path.exists() else self.previous
-        found = torch.tensor(float(path.exists() and not options.fresh), device=self.device)
-        self.saved = read(path, dict) if average(found) else None    # by all, or by none
 
-    def resume(self, config, *fixed, **more):
-        """Say what is continued, and from here on let SIGTERM and Ctrl-C only set .stopping.
+def update(network, optimizer, lr, clip, skipped):
+    """Clip the gradient, make a step, clear the gradient -> its norm.
 
-        config: a plain dict. SystemExit for a checkpoint with other values of its fields, of `more`
-        or of the fields of the recipe in `fixed`; that others have changed is pointed out.
-        """
-        self.content = {"config": config, "recipe": dataclasses.asdict(self.recipe), **more}
-        if self.saved:
-            here = config | self.content["recipe"] | more
-            # What a checkpoint does not say of `more` is taken to be the same.
-            there = more | self.saved | self.saved.get("config", {}) | self.saved.get("recipe", {})
-            names = [name for name in here if there.get(name) != here[name]]
-            wrong = [name for name in names if name in {*config, *fixed, *more}]
-            changed = "; ".join(f"{x} {there.get(x)} there, {here[x]} here" for x in wrong or names)
-            if wrong:
-                raise SystemExit(f"{self.path} has another configuration ({changed}); use the same "
-                                 "options and files, another --out, or --fresh")
-            self.start, steps = self.saved.get("step", 0), self.recipe.steps
-            self.skipped = self.saved.get("skipped", 0)
-            how = "finished; --fresh starts over" if self.start >= steps else "continuing"
-            say(f"{self.path}: {how}, step {self.start} of {steps} ({changed or 'same recipe'})")
-        if self.main and self.csv.exists() and not self.saved:
-            os.replace(self.csv, self.csv.with_suffix(".prev.csv"))
-        elif self.main and self.csv.exists():
-            content = self.csv.read_bytes()
-            os.truncate(self.csv, content.rfind(b"\n") + 1)    # a kill may have torn the last row
-            self.logged = int([0, *re.findall(rb"^(\d+),.*\n", content, re.MULTILINE)][-1])
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+    A norm that is not finite changes nothing but `skipped`, {"total", "in_a_row"}; gradients are
+    shared, so that all processes see it. RuntimeError after 20 in a row.
+    """
+    norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    skipped["total"] += not finite
+    skipped["in_a_row"] = 0 if finite else skipped["in_a_row"] + 1
+    if skipped["in_a_row"] == 20:
+        raise RuntimeError("20 steps in a row were not finite and changed nothing: lower --lr, or "
+                           "--dtype float32; the same command continues from the last checkpoint")
+    return norm
 
-    def together(self, networks, make_optimizer):
-        """-> the networks, for all processes to train together (DDP); call them only through these.
 
-        networks: {key in the checkpoint: network, sharded or whole}; they continue where the
-        checkpoint stands. make_optimizer(network, recipe) -> its optimizer. SystemExit if they are
-        not those of the checkpoint.
-        """
-        self.parts = {}
-        for key, network in networks.items():
-            optimizer = make_optimizer(network.to(self.device), self.recipe)
-            if self.saved:
-                with explain(f"{self.path} cannot be continued, its {key} or the optimizer differs",
-                             "those of this command: another --out, or --fresh"):
-                    if self.saved[key].keys() != network.state_dict().keys():    # DCP would not say
-                        raise ValueError("other weights")
-                    dcp.set_state_dict(network, optimizer, model_state_dict=self.saved[key],
-                                       optim_state_dict=self.saved[OPTIMIZERS[key]], options=WHOLE)
-            if self.options.compile and key == "model":    # a critic needs second derivatives
-                network.compile()
-            if self.world > 1 and not isinstance(network, dist.fsdp.FSDPModule):
-                network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-            self.parts[key] = network, optimizer
-        self.saved = None    # training needs the memory
-        return [network for network, _ in self.parts.values()]
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)    # sharded or not
 
-    def log(self, step, row):
-        """Append {name: number} to the log, on rank 0. A step that is there already is left alone.
 
-        The first row decides the columns: give all of them, None where there is no value.
-        """
-        if not self.main or step <= self.logged:
-            return
-        self.logged = step
-        with open(self.csv, "a+", encoding="utf-8", newline="") as file:
-            file.seek(0)
-            columns = next(csv.reader(file), None)
-            writer = csv.DictWriter(file, columns or ["step", *row], extrasaction="ignore")
-            if not columns:
-                writer.writeheader()
-            writer.writerow({"step": step, **row})
-        if self.tracker:
-            self.tracker.log(row, step=step)
+def identity(options):
+    """What a run is, beside its sizes: a checkpoint of another one is not continued."""
+    folder = options.data and str(Path(options.data).absolute())
+    return {"stage": options.stage, "data": folder, "init": options.init}
 
-    def save(self, step, state):
-        """Write .content, the step and a dict of plain values and tensors, on rank 0. At every
-        moment the path or the previous one is a whole checkpoint, flushed to disk: about a second
-        per gigabyte. SystemExit if the disk is full; what was saved before is still there."""
-        if not self.main:
-            return
-        try:
-            with open(self.temporary, "wb") as file:
-                torch.save(self.content | {"step": step, "skipped": self.skipped} | state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-            os.replace(self.temporary, self.path)
-        except (OSError, RuntimeError) as error:
-            self.temporary.unlink(missing_ok=True)
-            raise SystemExit(f"{self.path} was not saved ({error}): make room; the one before is "
-                             "still there, and the same command continues")
 
-    def agree(self, finite):
-        """Tensor or bool -> (is it true on all processes?, has any been told to stop?).
+def save(path, content, parts):
+    """Write a checkpoint: `content`, plain values, and the states of parts, {prefix: (network,
+    optimizer)}. All processes call it, the first one writes. Whenever it is killed, the file at
+    `path` is a whole checkpoint, this one or the one before."""
+    content = dict(content)
+    for prefix, part in parts.items():
+        states = dcp.get_state_dict(*part, options=WHOLE)
+        content[prefix + "model"], content[prefix + "optimizer"] = states
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
-        The one all-reduce that a step needs besides its gradients. Counts the steps that are
-        not finite; SystemExit after 20 in a row.
-        """
-        flags = torch.tensor([not finite, self.stopping], dtype=torch.float32, device=self.device)
-        bad, stop = average(flags).bool().tolist()
-        self.skipped += bad
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if self.in_a_row == 20:
-            raise SystemExit("20 steps in a row were not finite, and changed nothing: lower --lr, "
-                             f"or --dtype float32, and continue {self.path}, if it was saved yet")
-        return not bad, stop
 
-    def train(self, stream, losses_of, evaluate, measures):
-        """The loop of both stages, from .start to the recipe's last step or until told to stop.
+def resume(path, saved, content, parts):
+    """Continue parts where the checkpoint `saved` stands (None: there is none) -> the steps done,
+    and the count of skipped ones for `update`.
 
-        stream: yields a tuple of tensors for each step, this process's share of a batch.
-        losses_of(step, *part of that share) yields {name: scalar tensor} to log, for one network
-        after the other; the first of the dict is differentiated before it goes on (a GAN has two).
-        evaluate(step) -> {name: number} for the names in `measures`, on all processes together,
-        before each save. The norm that is logged is the first network's.
-        """
-        recipe, shown, began = self.recipe, {}, time.perf_counter()
-        networks, optimizers = zip(*self.parts.values())
-        count = sum(p.numel() for p in networks[0].parameters())
-        say(f"{self.name}, preset {self.options.preset}: {count:,} parameters, {recipe.steps} steps"
-            f" of {recipe.batch} pictures, {self.world} x {self.device}, {self.dtype}")
-        bar = tqdm(stream, self.name, recipe.steps, initial=self.start, disable=not self.main)
-        for step, batch in enumerate(bar, self.start + 1):
-            torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + self.rank)    # dropout
+    SystemExit if it was made for something else: content["made_for"], {name: value}, must match.
+    """
+    done, skipped = 0, {"total": 0, "in_a_row": 0}
+    if saved:
+        there, here = saved.get("made_for", {}), content["made_for"]
+        wrong = [f"{name}: {there.get(name)} there, {value} here" for name, value in here.items()
+                 if there.get(name) != value]
+        if wrong:
+            raise SystemExit(f"{path} is another run's ({'; '.join(wrong)}): give this one its own "
+                             "--out, or start over with --fresh")
+        for prefix, part in parts.items():
+            dcp.set_state_dict(*part, model_state_dict=saved[prefix + "model"],
+                               optim_state_dict=saved[prefix + "optimizer"], options=WHOLE)
+        done, skipped = saved["step"], saved["skipped"]
+        steps = content["recipe"]["steps"]
+        how = "continuing" if done < steps else "finished; more --steps go on, --fresh starts over"
+        say(f"{path}: step {done} of {steps}, {how}")
+    # What was logged after the checkpoint will be done, and logged, again.
+    log = path.with_suffix(".csv")
+    if log.exists() and int(os.environ.get("RANK", "0")) == 0:
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line[-1] == "\n" and int(line.split(",")[0]) <= done]
+        log.write_text("".join(lines[:1] + kept if kept else []), encoding="utf-8")
+    return done, skipped
 
-            # Gradients add up over the parts; processes exchange them with the last one alone.
-            losses = {}
-            for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch)), 1):
-                todo = losses_of(step, *part)
-                for network in networks:
-                    network.require_backward_grad_sync = i == recipe.accumulate    # DDP's no_sync
-                    if isinstance(network, dist.fsdp.FSDPModule):
-                        network.set_requires_gradient_sync(i == recipe.accumulate)
-                    with self.autocast:
-                        found = next(todo)
-                    (next(iter(found.values())) / recipe.accumulate).backward()
-                    for name, loss in found.items():
-                        losses[name] = losses.get(name, 0) + loss.detach() / recipe.accumulate
-            norms = [nn.utils.clip_grad_norm_(net.parameters(), recipe.clip) for net in networks]
-            norms = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in norms]    # FSDP
-            finite, stop = self.agree(torch.stack([*norms, *losses.values()]).isfinite().all())
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate(step)
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad()
 
-            # Once in a while: evaluate, log, save; the log first, lest a kill lose its row.
-            seconds = time.perf_counter() - began
-            if self.device.type == "cpu" and step == self.start + 20:
-                say(f"about {seconds / 20 * (recipe.steps - step) / 60:.1f} minutes left")
-            due = step == recipe.steps or step % recipe.save_every == 0
-            if due or step % recipe.log_every == 0:
-                means = average(torch.stack([*losses.values()])).tolist()
-                row = dict(zip(losses, means), grad_norm=norms[0].item(), lr=recipe.rate(step),
-                           skipped=self.skipped, seconds=round(seconds, 1))
-                health = evaluate(step) if due else dict.fromkeys(measures)
-                self.log(step, row | health)
-                shown |= {key: f"{x:.4g}" for key, x in health.items() if x is not None}
-                bar.set_postfix({key: f"{row[key]:.3g}" for key in ("loss", "grad_norm")} | shown)
-            if due or stop:
-                state = {}
-                for key, part in self.parts.items():
-                    state[key], state[OPTIMIZERS[key]] = dcp.get_state_dict(*part, options=WHOLE)
-                self.save(step, state)
-            if stop:
-                break
+def log(path, row, wandb=False):
+    """Append {column: number} to a CSV file; its first row has all columns."""
+    new = not path.exists() or not path.stat().st_size
+    with open(path, "a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        columns = list(row) if new else file.readline().strip().split(",")
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    if wandb:
+        sys.modules["wandb"].log(row)

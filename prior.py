@@ -3,25 +3,22 @@
     python prior.py                      # walk-through: shapes, sizes against the paper, speed
     torchrun train_prior.py              # train the tiny one on the built-in scenes
 
-Top to bottom: configuration, the encoder-decoder transformer, sampling with a cache, the
+Top to bottom: configuration, the encoder-decoder transformer with its cached twin, sampling, the
 contrastive text-image model, the optimiser, initial values, and the attention that all of them
 share. Axes: B batch, T text tokens, N image tokens, H heads, D width, d head width, K codebook
 entries, G grid side.
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from itertools import product
-from timeit import timeit
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist, nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
-from vqgan import Tower, VQGANConfig, patchify, restore
+from vqgan import Tower, VQGANConfig, patchify, read
 
 try:
     import triton
@@ -47,17 +44,14 @@ class PriorConfig:
     mlp: int = 4_096
     encoder_layers: int = 12
     decoder_layers: int = 12
-    # On residual, activation and attention outputs (§3, ViT-VQGAN §4.1). most, least: the bounds of
-    # the command-line option, where they are not the usual ones.
-    dropout: float = field(default=0.1, metadata={"most": 1})
-    # Side of the conv-shaped attention mask (§2.2); 0: dense causal.
-    kernel: int = field(default=11, metadata={"least": 0})
+    dropout: float = 0.1  # on residual, activation and attention outputs (§3, ViT-VQGAN §4.1)
+    kernel: int = 11  # side of the conv-shaped attention mask (§2.2); 0: dense causal
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.kernel and self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} is even: give an odd side, or 0 for dense")
+        if self.kernel < 0 or (self.kernel > 0 and self.kernel % 2 == 0):
+            raise ValueError(f"kernel {self.kernel}: give an odd side, or 0 for dense attention")
 
     @property
     def tokens(self):
@@ -65,9 +59,11 @@ class PriorConfig:
         return self.grid**2
 
 
-PRESETS = {  # Parti Table 1; tiny is for the built-in scenes on a laptop
+PRESETS = {  # Parti Table 1; tiny is for the built-in scenes, mini for a laptop's own pictures
     "tiny": PriorConfig(text_vocab=0, text_length=32, codes=0, grid=8, width=128, heads=8, mlp=512,
                         encoder_layers=2, decoder_layers=4, dropout=0.0),
+    "mini": PriorConfig(text_vocab=0, text_length=64, codes=0, grid=16, width=256, heads=8,
+                        mlp=1_024, encoder_layers=2, decoder_layers=6),
     "350m": PriorConfig(),
     "750m": PriorConfig(decoder_layers=36),
     "3b": PriorConfig(width=2_048, heads=32, mlp=8_192, decoder_layers=36),
@@ -83,46 +79,108 @@ def split_heads(x, parts, heads):
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
+def linear_float32(x, weight):
+    """x (..., n), weight (m, n) -> x weight^T (..., m), both and the result in float32, also under
+    autocast: what leaves a model is float32 (Parti §3)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries from x, keys and values from a context (Parti
-    §2.2, which takes the encoder-decoder of Vaswani et al.)."""
+    §2.2, which takes the encoder-decoder of Vaswani et al.). causal, kernel, grid: see `attention`.
+    """
 
-    def __init__(self, config):
+    def __init__(self, config, causal=False, kernel=0, grid=0):
         super().__init__()
-        self.heads, D = config.heads, config.width
+        self.heads, self.rule = config.heads, (causal, kernel, grid)
+        D = config.width
         self.q, self.kv, self.out = (nn.Linear(D, n * D, bias=False) for n in (1, 2, 1))
 
-    def forward(self, x, context, **rule):
-        """x (B, Nq, D), context (B, Nk, D) -> (B, Nq, D). rule: see `attention`."""
-        [q] = split_heads(self.q(x), 1, self.heads)  # (B, H, Nq, d)
-        k, v = split_heads(self.kv(context), 2, self.heads)  # (B, H, Nk, d)
-        y = attention(q, k, v, **rule)  # (B, H, Nq, d)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, Nq, D)
+    def forward(self, x, context, lengths=None):
+        """x (B, Nq, D), context (B, Nk, D), of which lengths (B,) count -> (B, Nq, D)."""
+        [q] = split_heads(self.q(x), 1, self.heads)                     # (B, H, Nq, d)
+        k, v = split_heads(self.kv(context), 2, self.heads)             # (B, H, Nk, d)
+        y = attention(q, k, v, *self.rule, lengths)                     # (B, H, Nq, d)
+        return self.out(y.transpose(1, 2).flatten(2))                   # (B, Nq, D)
 
 
 class Block(nn.Module):
     """Pre-norm block: self-attention, in the decoder cross-attention to the text, MLP (Parti §2.2;
-    dropout §3)."""
+    dropout §3). The decoder's self-attention is causal and sparse, the encoder's sees all."""
 
     def __init__(self, config, cross=False):
         super().__init__()
         D, M = config.width, config.mlp
-        self.norm1, self.attention = nn.LayerNorm(D), Attention(config)
+        rule = (True, config.kernel, config.grid) if cross else (False, 0, 0)
+        self.norm1, self.attention = nn.LayerNorm(D), Attention(config, *rule)
         if cross:
             self.norm2, self.cross = nn.LayerNorm(D), Attention(config)
         self.norm3 = nn.LayerNorm(D)
         self.up, self.down = nn.Linear(D, M, bias=False), nn.Linear(M, D, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, text=None, text_lengths=None, **rule):
-        """x (B, N, D) -> (B, N, D). text: features (B, T, D) with lengths (B,). rule: what the
-        self-attention sees, see `attention`."""
+    def forward(self, x, lengths=None, text=None, text_lengths=None):
+        """x (B, N, D), of which lengths (B,) count -> (B, N, D). In the decoder text is (B, T, D),
+        of which text_lengths (B,) count."""
         h = self.norm1(x)
-        x = x + self.drop(self.attention(h, h, **rule))
+        x = x + self.drop(self.attention(h, h, lengths))
         if text is not None:
-            x = x + self.drop(self.cross(self.norm2(x), text, lengths=text_lengths))
-        h = self.drop(F.gelu(self.up(self.norm3(x))))
+            h = self.norm2(x)
+            x = x + self.drop(self.cross(h, text, text_lengths))
+        h = self.norm3(x)
+        h = self.drop(F.gelu(self.up(h)))
         return x + self.drop(self.down(h))
+
+
+class CachedBlock:
+    """A decoder block again, for one position at a time and without dropout: keys and values of the
+    past are kept in `size` slots, not computed again, and those of the text, features words
+    (B, T, D), are computed once. Under autocast weights and, on a GPU, the cache are in half
+    precision; all else is float32."""
+
+    def __init__(self, block, words, size):
+        attention, cross, rows = block.attention, block.cross, len(words)
+        self.heads = attention.heads
+        text = split_heads(cross.kv(words), 2, self.heads).contiguous()  # (2, B, H, T, d)
+        dtype = text.dtype  # which autocast chose
+        self.text = text if text.is_cuda else text.float()
+        self.past = self.text.new_zeros(*text.shape[:3], size, text.shape[-1])
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.qkv = few_rows(torch.cat([attention.q.weight, attention.kv.weight]), dtype, rows)
+        self.out = few_rows(attention.out.weight, dtype, rows)
+        self.cross_q = few_rows(cross.q.weight, dtype, rows)
+        self.cross_out = few_rows(cross.out.weight, dtype, rows)
+        self.up = few_rows(block.up.weight, dtype, rows)
+        self.down = few_rows(block.down.weight, dtype, rows)
+
+    def step(self, x, slot, seen, inside):
+        """Block.forward for one position, x (B, D) -> (B, D). Its keys and values go to the slot, a
+        tensor (1,); seen (1, size), inside (B, 1, 1, T) are the masks, added to the scores."""
+        h = self.norm1(x)
+        qkv = split_heads(self.qkv(h)[:, None], 3, self.heads).to(self.past)  # (3, B, H, 1, d)
+        self.past.index_copy_(3, slot, qkv[1:])
+        y = F.scaled_dot_product_attention(qkv[0], *self.past, seen)    # (B, H, 1, d)
+        x = x + self.out(y.flatten(1))                                  # (B, D)
+        h = self.norm2(x)
+        [q] = split_heads(self.cross_q(h)[:, None], 1, self.heads).to(self.text)
+        y = F.scaled_dot_product_attention(q, *self.text, inside)       # (B, H, 1, d)
+        x = x + self.cross_out(y.flatten(1))                            # (B, D)
+        h = self.norm3(x)
+        h = F.gelu(self.up(h))
+        return x + self.down(h)
+
+
+def few_rows(weight, dtype, rows):
+    """-> a function of x (rows, n_in) that gives x weight^T (rows, n_out). Few rows take as long as
+    reading the weight (n_out, n_in), kept in dtype; then a CPU has faster ways than F.linear."""
+    if weight.is_cpu and dtype == torch.float32:  # MKL multiplies W x^T faster than x W^T
+        return lambda x: (weight @ x.contiguous().t()).t()
+    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # sums in float32
+    weight = weight.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight)
 
 
 class TextEncoder(nn.Module):
@@ -140,10 +198,12 @@ class TextEncoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, text):
-        lengths = (text != 0).sum(1).clamp(min=1)  # (B,)
-        x = self.drop(self.embed(text) + self.positions[: text.shape[1]])  # (B, T, D)
+        if text.ndim != 2 or text.shape[1] > len(self.positions):
+            raise ValueError(f"text {tuple(text.shape)}: give (B, T), T <= {len(self.positions)}")
+        lengths = (text != 0).sum(1).clamp(min=1)                       # (B,)
+        x = self.drop(self.embed(text) + self.positions[: text.shape[1]])   # (B, T, D)
         for block in self.blocks:
-            x = block(x, lengths=lengths)
+            x = block(x, lengths)
         return self.norm(x), lengths
 
 
@@ -171,133 +231,94 @@ class Parti(nn.Module):
 
     def logits(self, x):
         """(B, N, D) -> (B, N, K) in float32, also under autocast (Parti §3)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(self.norm(x.float()), self.head.weight.float())
-
-    def start_from(self, codes):
-        """Set the image embeddings and the output map to random projections of the tokenizer's
-        codes (K, code_dim), so that codes that look alike start alike. Our addition."""
-        seed = torch.Generator().manual_seed(0)
-        mix = torch.randn(2, codes.shape[1], self.config.width, generator=seed)
-        self.embed.weight.data.copy_(codes @ mix[0])
-        self.head.weight.data.copy_(codes @ mix[1] * self.config.width**-0.5)
+        return linear_float32(self.norm(x), self.head.weight)
 
     def forward(self, text, tokens):
         """text (B, T), tokens (B, N) -> logits (B, N, K); those at i saw tokens before i only."""
-        rule = {"causal": True, "kernel": self.config.kernel, "grid": self.config.grid}
-        words, lengths = self.encoder(text)  # (B, T, D)
-        x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embed(tokens[:, :-1])], dim=1)
-        x = self.drop(x + self.positions())  # (B, N, D)
+        words, lengths = self.encoder(text)                             # (B, T, D)
+        start = self.start.expand(len(tokens), 1, -1)                   # (B, 1, D)
+        x = torch.cat([start, self.embed(tokens[:, :-1])], dim=1)       # (B, N, D)
+        x = self.drop(x + self.positions())
         for block in self.blocks:
-            x = block(x, words, lengths, **rule)
-        return self.logits(x)
+            x = block(x, text=words, text_lengths=lengths)
+        return self.logits(x)                                           # (B, N, K)
 
     @torch.no_grad()
     def generate(self, text, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """text (B, T) -> image tokens (B, N), drawn one after the other with a cache (Parti §2.4).
 
         guidance: lambda of Parti Eq. 1; 1 is plain conditional sampling and costs half as much.
-        temperature, top_k (0: off), top_p (1: off) act after it. generator: on the same device."""
+        temperature (0: always the likeliest code), top_k (0: off), top_p (1: off) act after it.
+        generator: of random numbers, on the same device. The model should be in eval mode."""
         guided = guidance != 1.0  # two streams in one batch: the second has no text
-        step = CachedDecoder(self, text, guided)
+        step = CachedDecoder(self, torch.cat([text, torch.zeros_like(text)]) if guided else text)
         tokens = [text.new_full((len(text),), self.config.codes)]  # the start
         with torch.inference_mode():  # cheaper operations: what they make can never be trained
             for i in range(self.config.tokens):
-                logits = step(i, tokens[-1].repeat(1 + guided))  # (B or 2B, K)
+                logits = step(i, tokens[-1].repeat(1 + guided))         # (B or 2B, K)
                 if guided:
                     logits = guide(*logits.chunk(2), guidance)
-                logits = truncate(logits / max(temperature, 1e-4), top_k, top_p)
+                logits = truncate(logits / max(temperature, 1e-8), top_k, top_p)
                 tokens.append(draw(logits, generator))
-        return torch.stack(tokens[1:], dim=1)
+        return torch.stack(tokens[1:], dim=1)  # outside of that mode: usable in training
 
 
 class CachedDecoder:
-    """The decoder one position at a time, in eval mode: keys and values of the past are kept,
-    not computed again, and those of the text are computed once.
+    """The decoder of a Parti in eval mode, one position at a time; use it under torch.no_grad().
 
-    With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is
-    a ring of that many positions and the cost of a token does not grow with its position. Under
-    autocast weights are kept in half precision, on a GPU the cache, too; all else is float32.
-    guided: the batch is doubled, and its second half has no text."""
+    With the conv-shaped mask no query sees further back than `conv_offsets` reach: the cache is a
+    ring of that many slots and the cost of a token does not grow with its position. Under autocast
+    weights are kept in half precision. On a GPU all kernels of a step are one CUDA graph."""
 
-    def __init__(self, prior, text, guided=False):
-        self.prior, config, kind = prior, prior.config, text.device.type
-        words, lengths = prior.encoder(text)  # (B, T, D)
-        if guided:  # no text is one position, the same for all; the others are padding
-            nothing, one = prior.encoder(torch.zeros_like(text[:1, :1]))
-            words = torch.cat([words, nothing.expand_as(words)])  # (2B, T, D)
-            lengths = torch.cat([lengths, one.expand_as(lengths)])
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else words.dtype
-        dtype = words.dtype if text.is_cpu else half  # of the cache
+    def __init__(self, prior, text):
+        config, device = prior.config, text.device
+        words, lengths = prior.encoder(text)                            # (B, T, D)
+        self.size = min(span(True, config.kernel, config.grid, config.tokens)[0] + 1, config.tokens)
+        self.blocks = [CachedBlock(block, words, self.size) for block in prior.blocks]
+        self.norm, self.head = prior.norm, few_rows(prior.head.weight, torch.float32, len(text))
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
-        self.positions = prior.positions()
-        behind, _ = span(True, config.kernel, config.grid, config.tokens)
-        self.size = self.filled = min(behind + 1, config.tokens)
-        self.slots = back = torch.arange(self.size, device=text.device)
-        t = torch.arange(text.shape[1], device=text.device)
-        # What is added to the scores is 0 = log 1 for the keys to see, and -inf = log 0.
-        seen = allowed(back, 0, 1, True, config.kernel, config.grid)  # a function of i - j alone
-        inside = t < lengths.repeat_interleave(config.heads)[:, None, None]
-        self.seen, self.inside = (x.to(dtype).log() for x in (seen, inside))  # (size,), (B*H, 1, T)
-        self.layers = []
-        for block in prior.blocks:
-            own, cross = block.attention, block.cross
-            maps = (torch.cat([own.q.weight, own.kv.weight]), own.out.weight, cross.q.weight,
-                    cross.out.weight, block.up.weight, block.down.weight)
-            # Keys and values (2, B * H, T, d) of the text; room for those of the picture.
-            pair = split_heads(cross.kv(words).to(dtype), 2, config.heads).flatten(1, 2)
-            kept = pair.new_zeros(2, pair.shape[1], self.size, pair.shape[-1])
-            maps = [multiplier(weight, half, len(words)) for weight in maps]
-            self.layers.append((block, maps, pair, kept))
-        self.head = multiplier(prior.head.weight, words.dtype, len(words))
+        self.positions = prior.positions()                              # (N, D)
+        # At position i slot s holds the key of the last position j = s (mod size) up to i. What is
+        # added to scores is 0 = log 1 for the keys to see, and -inf = log 0.
+        i = torch.arange(config.tokens, device=device)[:, None]
+        j = i - (i - torch.arange(self.size, device=device)) % self.size
+        seen = allowed(i, j, config.tokens, True, config.kernel, config.grid)
+        inside = torch.arange(words.shape[1], device=device) < lengths[:, None, None, None]
+        self.seen, self.inside = (x.to(self.blocks[0].past).log() for x in (seen, inside))
+        self.i, self.tokens = torch.zeros_like(text[0, :1]), torch.zeros_like(text[:, 0])
+        self.graph = None
+        if text.is_cuda:
+            self.capture()
 
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            here = torch.tensor([i], device=tokens.device)
-            if not tokens.is_cuda:
-                self.filled = min(i + 1, self.size)  # slots worth reading
-            elif i == 0:  # a graph of all kernels of a step, launched as one, over all slots
-                self.step = torch.cuda.make_graphed_callables(self.step, (here, tokens))
-            return self.step(here, tokens)
+        self.i.fill_(i)
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            return self.step()
+        self.graph.replay()
+        return self.logits.clone()
 
-    def step(self, i, tokens):
-        """The same; i is a tensor (1,), so that one CUDA graph serves every position."""
-        slot, heads = i % self.size, self.prior.config.heads
-        x = F.embedding(tokens, self.embed) + self.positions[i]  # (B, D)
-        back = (i - self.slots[: self.filled]) % self.size  # how far back each slot's key lies
-        seen = self.seen[back].masked_fill(back > i, -math.inf)  # (filled,); those are still empty
-        for block, (qkv, out, query, mix, up, down), words, kept in self.layers:
-            # Query, key and value of this position, each head a matrix: (3, B * H, 1, d).
-            qkv = split_heads(qkv(block.norm1(x))[:, None], 3, heads).flatten(1, 2).to(kept)
-            kept.index_copy_(2, slot, qkv[1:])
-            y = attention(qkv[0], *kept[:, :, : self.filled], mask=seen)  # (B * H, 1, d)
-            x += out(y.view(x.shape))
-            q = query(block.norm2(x)).reshape(qkv[0].shape).to(kept)  # (B * H, 1, d)
-            x += mix(attention(q, *words, mask=self.inside).view(x.shape))
-            x += down(F.gelu(up(block.norm3(x))))
-        return self.head(self.prior.norm(x))
+    def step(self):
+        """Parti.forward for position self.i, which follows self.tokens."""
+        with torch.autocast(self.i.device.type, enabled=False):  # the weights are cast already
+            x = F.embedding(self.tokens, self.embed) + self.positions[self.i]   # (B, D)
+            slot, seen = self.i % self.size, self.seen[self.i]
+            for block in self.blocks:
+                x = block.step(x, slot, seen, self.inside)
+            return self.head(self.norm(x))                              # (B, K)
 
-
-def multiplier(weight, dtype, rows):
-    """-> a function of x (rows, n_in) that gives weight (n_out, n_in) times each row, (rows, n_out)
-    float32. Few rows take as long as reading the weight, kept in dtype; then a CPU has better ways.
-
-    In float32 MKL multiplies W x^T faster than x W^T, for two rows up to four times; long columns
-    come in blocks (n_in / 512, n_out, 512). Half precision is FBGEMM's: weights in float16, sums in
-    float32."""
-    if weight.is_cpu and dtype == torch.float32:
-        part = math.gcd(512, weight.shape[1])
-        blocks = weight.unflatten(1, (-1, part)).transpose(0, 1).contiguous()
-        if len(blocks) == 1:
-            return lambda x: (weight @ x.contiguous().t()).t()
-        return lambda x: torch.bmm(  # x^T in as many blocks: (n_in / 512, 512, rows)
-            blocks, x.contiguous().unflatten(1, (-1, part)).permute(1, 2, 0)).sum(0).t()
-    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)
-    weight = weight.to(dtype)
-    return lambda x: F.linear(x.to(dtype), weight).float()
+    def capture(self):
+        """Record the kernels of a step, which always reads and writes the same memory."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # once outside of the graph: libraries set themselves up
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that pins a loader's memory, may go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self.step()
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -339,7 +360,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, config, image_size, patch=8):
         super().__init__()
-        self.config = config
+        self.config, self.patch = config, patch
         self.encoder = TextEncoder(config)
         sizes = config.width, config.encoder_layers, config.heads, config.mlp
         vit = VQGANConfig(image_size, patch, *sizes)
@@ -347,24 +368,25 @@ class DualEncoder(nn.Module):
         self.text = nn.Linear(config.width, config.width, bias=False)  # into the common space
         self.head = nn.Linear(config.width, config.text_vocab, bias=False)  # hidden tokens
         self.scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # log 1/temperature: CLIP
-        self.patch = patch
         initialise(self)
 
     def embed_text(self, text):
-        """text (B, T) -> unit vectors (B, D): mean of the features of its tokens."""
-        features, lengths = self.encoder(text)  # (B, T, D)
+        """text (B, T) -> unit vectors (B, D) in float32: mean of the features of its tokens."""
+        features, lengths = self.encoder(text)                          # (B, T, D)
         inside = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # (B, T)
         mean = (features * inside[..., None]).sum(1) / lengths[:, None]
-        return F.normalize(self.text(mean).float(), dim=-1)
+        return F.normalize(linear_float32(mean, self.text.weight), dim=-1)
 
     def embed_images(self, images):
-        """images (B, 3, S, S) in [0, 1] -> unit vectors (B, D)."""
-        return F.normalize(self.image(patchify(images, self.patch)).mean(1).float(), dim=-1)
+        """images (B, 3, S, S) in [0, 1] -> unit vectors (B, D) in float32."""
+        features = self.image(patchify(images, self.patch))             # (B, N, D)
+        return F.normalize(features.float().mean(1), dim=-1)
 
     def forward(self, text, images, hidden):
         """-> text vectors, image vectors, both (B, D), temperature factor (capped at 100), logits
         (B, T, V) of the masked-token objective for `hidden`, the text with hidden tokens."""
-        words = self.head(self.encoder(hidden)[0]).float()
+        features, _ = self.encoder(hidden)                              # (B, T, D)
+        words = linear_float32(features, self.head.weight)              # (B, T, V)
         scale = self.scale.exp().clamp(max=100)
         return self.embed_text(text), self.embed_images(images), scale, words
 
@@ -384,7 +406,7 @@ def contrastive_loss(text, images, scale):
     every process sees all vectors, and gradients flow back through the gathering."""
     if dist.is_initialized():  # backward adds up W equal losses; DDP divides by W
         text, images = (all_gather_single_autograd(x, 0, dist.group.WORLD) for x in (text, images))
-    logits = scale * text @ images.T  # (B, B)
+    logits = scale * linear_float32(text, images)                       # (B, B)
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
@@ -408,12 +430,13 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, p.grad.float(), self.state[p], **group)
+                    self.update(p, p.grad.float(), self.state[p], group)
 
-    def update(self, p, grad, state, lr, betas, weight_decay, clip, **_):
+    def update(self, p, grad, state, group):
         """One step of one parameter. No state yet: its averages start at their first value."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         t = state["step"] = state.get("step", 0) + 1
-        fresh = (1 - betas[1]) / (1 - betas[1] ** t)  # 1 at first: then the average of all g^2
+        fresh = (1 - beta2) / (1 - beta2**t)  # 1 at first: then the average of all g^2
         square = grad.square() + 1e-30
         if p.ndim >= 2:  # only the mean of each row and of each column is kept
             rows, columns = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
@@ -424,14 +447,14 @@ class Adafactor(torch.optim.Optimizer):
         else:
             square = state["square"] = state.get("square", square).lerp(square, fresh)
             update = grad * square.rsqrt()
-        update = update / (update.square().mean().sqrt() / clip).clamp(min=1)
+        update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
         # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
-        momentum = state["momentum"] = momentum.lerp(update, 1 - betas[0])
+        momentum = state["momentum"] = momentum.lerp(update, 1 - beta1)
         if p.ndim >= 2:
             state["bucket"] = (momentum.abs().amax(0, keepdim=True) / 127).clamp(min=1e-30)
             state["momentum"] = (momentum / state["bucket"]).round().to(torch.int8)
-        p.mul_(1 - lr * weight_decay).add_(momentum, alpha=-lr)
+        p.mul_(1 - lr * group["weight_decay"]).add_(momentum, alpha=-lr)
 
 
 # --- initial values ------------------------------------------------------------------------------
@@ -507,8 +530,8 @@ def conv_offsets(kernel, grid):
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
-# Programs are numbered (tile, head, picture). RULE is (causal, kernel, grid). Q, K, V and the like,
-# also LSE and DELTA of width 1, are tuples: pointer, number of rows, strides of the four axes.
+# Tensors are contiguous, (B, H, n, D) of queries and (B, H, m, D) of keys; programs are numbered
+# (tile, head, picture). RULE is (causal, kernel, grid), behind and ahead are its `span`.
 
 if triton is not None:
     _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
@@ -522,31 +545,39 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _at(x, rows, columns):
-        """Pointers to these numbers of this program's head."""
-        head = tl.program_id(2).to(tl.int64) * x[2] + tl.program_id(1) * x[3]
-        return x[0] + head + rows * x[4] + columns * x[5]
-
-    @triton.jit
-    def _load(x, rows, end, D: tl.constexpr):
-        """A tile (rows, D); zeros from the row `end` on."""
-        return tl.load(_at(x, rows[:, None], tl.arange(0, D)), mask=rows[:, None] < end, other=0.0)
-
-    @triton.jit
-    def _scores(q, k, i, j, length, RULE: tl.constexpr):
-        """S in units of log 2, -inf where `allowed` says no; unsigned: a cheaper remainder."""
-        s = _dot(q, tl.trans(k)) * (1.4426950408889634 * q.shape[1] ** -0.5)
-        seen = _allowed(i.to(tl.uint32), j.to(tl.uint32), length, *RULE)
-        return tl.where(seen, s, float("-inf"))
-
-    @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, behind, ahead, RULE: tl.constexpr, D: tl.constexpr,
-                 OWN: tl.constexpr, STEP: tl.constexpr):
-        """O and the log-sum-exp of one tile of queries."""
-        n, length = Q[1], tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
+    def _program(LENGTHS, rows, others, OWN: tl.constexpr):
+        """What this program works on: where its head begins, counted in rows of either side, the
+        number of keys to see, the first position of its own tile, and all of them."""
+        head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        length = tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
         start = tl.program_id(0) * OWN
-        i = start + tl.arange(0, OWN)
-        q = _load(Q, i, n, D)
+        return head * rows, head * others, length, start, start + tl.arange(0, OWN)
+
+    @triton.jit
+    def _load(X, head, rows, end, D: tl.constexpr):
+        """These rows of a head, (rows, D); zeros from the row `end` on."""
+        inside = rows[:, None] < end
+        return tl.load(X + head * D + (rows[:, None] * D + tl.arange(0, D)), inside, other=0.0)
+
+    @triton.jit
+    def _store(X, head, rows, end, values, D: tl.constexpr):
+        inside = rows[:, None] < end
+        tl.store(X + head * D + (rows[:, None] * D + tl.arange(0, D)), values, inside)
+
+    @triton.jit
+    def _scores(x, y, i, j, length, RULE: tl.constexpr):
+        """S = x y^T in units of log 2, -inf where `allowed` says no; x are queries and y keys, or
+        the other way round. Unsigned: a cheaper remainder."""
+        s = _dot(x, tl.trans(y)) * (1.4426950408889634 * x.shape[1] ** -0.5)
+        i, j = i.to(tl.uint32), j.to(tl.uint32)
+        return tl.where(_allowed(i, j, length, RULE[0], RULE[1], RULE[2]), s, float("-inf"))
+
+    @triton.jit
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: tl.constexpr,
+                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+        """O and the log-sum-exp of one tile of queries, over the keys that it sees."""
+        own, other, length, start, i = _program(LENGTHS, n, m, OWN)
+        q = _load(Q, own, i, n, D)
         # A finite floor for the maximum, not -inf: a row that sees no key then ends with l = 0.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
         total = tl.zeros([OWN], tl.float32)  # l, running sum of exp(S - top)
@@ -554,7 +585,7 @@ if triton is not None:
         first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
         for j0 in range(first, last, STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, j, length, D), _load(V, j, length, D)
+            k, v = _load(K, other, j, length, D), _load(V, other, j, length, D)
             s = _scores(q, k, i[:, None], j[None, :], length, RULE)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
@@ -563,60 +594,69 @@ if triton is not None:
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
         total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        tl.store(_at(LSE, i, 0), top + tl.log2(total), mask=i < n)
-        tl.store(_at(OUT, i[:, None], tl.arange(0, D)), acc / total[:, None], mask=i[:, None] < n)
+        _store(LSE, own, i, n, (top + tl.log2(total))[:, None], 1)
+        _store(OUT, own, i, n, acc / total[:, None], D)
+
+    # Both backward kernels compute again P = exp(S - lse), then dP = dO V^T and
+    # dS = P * (dP - delta), where delta = sum_j P dP, which is dO . O, for each row.
 
     @triton.jit
-    def _backward(X, GX, Y, GY, DX, DGX, LSE, DELTA, LENGTHS, behind, ahead, RULE: tl.constexpr,
-                  D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr):
-        """Gradients of one tile, over the tiles of the other side that see it or that it sees.
+    def _backward_q(Q, K, V, GRAD, LSE, DELTA, DQ, LENGTHS, n, m, behind, ahead,
+                    RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+        """dQ = dS K / sqrt(d) of one tile of queries, over the keys that it sees."""
+        own, other, length, start, i = _program(LENGTHS, n, m, OWN)
+        q, grad = _load(Q, own, i, n, D), _load(GRAD, own, i, n, D)
+        lse, delta = _load(LSE, own, i, n, 1), _load(DELTA, own, i, n, 1)  # (OWN, 1)
+        dq = tl.zeros([OWN, D], tl.float32)
+        first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
+        for j0 in range(first, last, STEP):
+            j = j0 + tl.arange(0, STEP)
+            k, v = _load(K, other, j, length, D), _load(V, other, j, length, D)
+            p = tl.exp2(_scores(q, k, i[:, None], j[None, :], length, RULE) - lse)
+            ds = p * (_dot(grad, tl.trans(v)) - delta)
+            dq += _dot(ds.to(k.dtype), k)
+        _store(DQ, own, i, n, dq * D**-0.5, D)
 
-        Of queries (X, GX = Q, dO and Y, GY = K, V): DX = dQ = dS K / sqrt(d). Of KEYS (X, GX = K, V
-        and Y, GY = Q, dO): DX = dK = dS^T Q / sqrt(d) and DGX = dV = P^T dO. Both compute again
-        P = exp(S - lse), dP = dO V^T and dS = P * (dP - delta), here transposed for keys."""
-        length = tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
-        start = tl.program_id(0) * OWN
-        own = start + tl.arange(0, OWN)
-        x, gx = _load(X, own, X[1], D), _load(GX, own, X[1], D)
-        dx, dgx = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
+    @triton.jit
+    def _backward_kv(Q, K, V, GRAD, LSE, DELTA, DK, DV, LENGTHS, n, m, behind, ahead,
+                     RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+        """dK = dS^T Q / sqrt(d) and dV = P^T dO of one tile of keys, over the queries that see it.
+        S, P and dS are held transposed, keys by queries."""
+        own, other, length, start, j = _program(LENGTHS, m, n, OWN)
+        k, v = _load(K, own, j, m, D), _load(V, own, j, m, D)
+        dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
         # Keys are seen from as far ahead as queries see behind; padding is seen from nowhere.
-        behind, ahead = (ahead, behind) if KEYS else (behind, ahead)
-        end = tl.where(start < length, LSE[1], 0) if KEYS else length
-        first, last = _tile_range(start, OWN, STEP, end, behind, ahead)
-        for y0 in range(first, last, STEP):
-            other = y0 + tl.arange(0, STEP)
-            y, gy = _load(Y, other, Y[1], D), _load(GY, other, Y[1], D)
-            i, j = (other[None, :], own[:, None]) if KEYS else (own[:, None], other[None, :])
-            lse = tl.load(_at(LSE, i, 0), mask=i < LSE[1], other=0.0)
-            delta = tl.load(_at(DELTA, i, 0), mask=i < LSE[1], other=0.0)
-            p = tl.exp2(_scores(x, y, i, j, length, RULE) - lse)
-            ds = p * (_dot(gx, tl.trans(gy)) - delta)
-            dx += _dot(ds.to(y.dtype), y)
-            if KEYS:
-                dgx += _dot(p.to(y.dtype), gy)
-        tl.store(_at(DX, own[:, None], tl.arange(0, D)), dx * D**-0.5, mask=own[:, None] < X[1])
-        if KEYS:
-            tl.store(_at(DGX, own[:, None], tl.arange(0, D)), dgx, mask=own[:, None] < X[1])
+        end = tl.where(start < length, n, 0)
+        first, last = _tile_range(start, OWN, STEP, end, ahead, behind)
+        for i0 in range(first, last, STEP):
+            i = i0 + tl.arange(0, STEP)
+            q, grad = _load(Q, other, i, n, D), _load(GRAD, other, i, n, D)
+            lse, delta = _load(LSE, other, i, n, 1), _load(DELTA, other, i, n, 1)  # (STEP, 1)
+            p = tl.exp2(_scores(k, q, i[None, :], j[:, None], length, RULE) - tl.trans(lse))
+            ds = p * (_dot(v, tl.trans(grad)) - tl.trans(delta))
+            dk += _dot(ds.to(q.dtype), q)
+            dv += _dot(p.to(grad.dtype), grad)
+        _store(DK, own, j, m, dk * D**-0.5, D)
+        _store(DV, own, j, m, dv, D)
 
 
-def launch(kernel, own, step, rule, lengths, *tensors, **more):
-    """Run a kernel on every tile of `own` rows of the first tensor, (B, H, rows, d)."""
-    (B, H, rows, d), size = tensors[0].shape, tensors[0].element_size()
-    own, step = (32, 32) if size == 4 else (own, step)  # smaller in float32, to fit
+def launch(kernel, rows, own, step, rule, q, k, *tensors):
+    """Run a kernel on every tile of `own` rows, in walks of `step` rows of the other side."""
+    (B, H, n, d), size = q.shape, q.element_size()
+    own, step = (own, step) if size == 2 else (32, 32)  # float32: smaller, to fit
     warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
-    tensors = [(x, x.shape[2], *x.stride()) for x in tensors]
-    kernel[triton.cdiv(rows, own), H, B](*tensors, lengths, *span(*rule, 2**30), rule, d, own, step,
-                                         num_warps=warps, num_stages=stages, **more)
+    kernel[triton.cdiv(rows, own), H, B](q, k, *tensors, n, k.shape[2], *span(*rule, 2**30), rule,
+                                         d, own, step, num_warps=warps, num_stages=stages)
 
 
 class Fused(torch.autograd.Function):
-    """The kernels above as one differentiable function; see `attention` for the arguments."""
+    """The kernels above as one differentiable function of contiguous q, k, v."""
 
     @staticmethod
-    def forward(ctx, q, k, v, lengths, *rule):
-        out, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], 1, dtype=torch.float32)
-        # A narrow tile follows the band of the mask more closely.
-        launch(_forward, 64 if rule[1] else 128, 64, rule, lengths, q, k, v, out, lse)
+    def forward(ctx, q, k, v, lengths, rule):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        own = 64 if rule[1] else 128  # a narrow tile follows the band of the mask more closely
+        launch(_forward, q.shape[2], own, 64, rule, q, k, v, out, lse, lengths)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
         ctx.rule = rule
         return out
@@ -624,13 +664,13 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, lengths = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        # The derivative of softmax subtracts sum_j P dP, which is dO . O for each row.
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        # Queries have one gradient: their second dq is not written.
-        launch(_backward, 64, 32, ctx.rule, lengths, q, grad, k, v, dq, dq, lse, delta, KEYS=False)
-        launch(_backward, 64, 32, ctx.rule, lengths, k, v, q, grad, dk, dv, lse, delta, KEYS=True)
-        return dq, dk, dv, None, None, None, None
+        grad = grad.contiguous()
+        delta = (grad.float() * out.float()).sum(-1)                    # (B, H, n)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        common = q, k, v, grad, lse, delta
+        launch(_backward_q, q.shape[2], 64, 32, ctx.rule, *common, dq, lengths)
+        launch(_backward_kv, k.shape[2], 64, 32, ctx.rule, *common, dk, dv, lengths)
+        return dq, dk, dv, None, None
 
 
 # --- the other path: torch's own attention -------------------------------------------------------
@@ -640,23 +680,21 @@ BLOCK = 64  # queries that share one window of keys under the sparse mask; the f
 
 def by_blocks(q, k, v, kernel, grid):
     """The sparse mask with torch, without N x N work: each block of queries attends to the window
-    of keys it can reach, its own block the last, through one small mask: the rule depends on i - j
-    alone."""
-    before = -(-span(True, kernel, grid, 0)[0] // BLOCK)  # blocks before its own that one sees
-    window = torch.arange((before + 1) * BLOCK, device=q.device)
-    seen = allowed(window[-BLOCK:, None], window, len(window), True, kernel, grid)
-    (queries, keys, values), out = (x.split(BLOCK, dim=2) for x in (q, k, v)), []
-    for b, rows in enumerate(queries):
-        near, content = (torch.cat(x[max(b - before, 0) : b + 1], dim=2) for x in (keys, values))
-        see = seen[-rows.shape[2] :, -near.shape[2] :]  # smaller at the picture's start and end
-        out.append(F.scaled_dot_product_attention(rows, near, content, attn_mask=see))
+    of keys that it can reach."""
+    n, (reach, _), out = q.shape[2], span(True, kernel, grid, 0), []
+    positions = torch.arange(n, device=q.device)
+    for start in range(0, n, BLOCK):
+        block, window = slice(start, start + BLOCK), slice(max(start - reach, 0), start + BLOCK)
+        seen = allowed(positions[block, None], positions[window], n, True, kernel, grid)
+        out.append(F.scaled_dot_product_attention(
+            q[:, :, block], k[:, :, window], v[:, :, window], attn_mask=seen))
     return torch.cat(out, dim=2)
 
 
 # --- the door ------------------------------------------------------------------------------------
 
 
-def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, fused=None):
+def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, fused=None):
     """softmax(Q K^T / sqrt(d), masked) V with statistics in float32, differentiable in q, k, v.
 
     q (B, H, Nq, d); k, v (B, H, Nk, d); any strides; returns (B, H, Nq, d) in q's dtype.
@@ -664,23 +702,17 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     kernel, grid: if kernel > 0 (odd), the conv-shaped sparse mask over a raster of `grid` columns,
       which is causal; see `allowed`.
     lengths: (B,) integers; keys at lengths[b] and after are padding and are not seen.
-    mask: in place of all these, for decoding with a cache: numbers to add to the scores, 0 or -inf,
-      in q's dtype. Then q is (B * H, Nq, d), and so on: the mask broadcasts to (B * H, Nq, Nk), and
-      each query must see a key.
     fused: None takes the Triton kernels on a GPU (and on a CPU under TRITON_INTERPRET=1) for d of
       32, 64 or 128 and any type but float64, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
     whose kernel is even or that has no grid.
     """
-    if kernel and (kernel % 2 == 0 or grid < 1):
+    if kernel and (kernel < 0 or kernel % 2 == 0 or grid < 1):
         raise ValueError(f"a sparse mask needs an odd kernel and a grid, not {kernel} and {grid}")
-    if mask is not None:  # as it is written: faster than blocks for one query
-        scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), v)  # a softmax computes in float32 whatever the dtype
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
-    (n, m), rule = (q.shape[2], k.shape[2]), (causal or kernel > 0, kernel, grid)
+    n, m, rule = q.shape[2], k.shape[2], (causal or kernel > 0, kernel, grid)
     if not fused and lengths is None and not kernel:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if not fused and lengths is None and n == m:
@@ -688,7 +720,7 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
     whole = torch.full(q.shape[:1], m, device=q.device)
     lengths = whole if lengths is None else lengths.clamp(max=m)
     if fused:
-        return Fused.apply(q, k, v, lengths, *rule)
+        return Fused.apply(q.contiguous(), k.contiguous(), v.contiguous(), lengths, rule)
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)
     seen = allowed(i, j, lengths[:, None, None, None], *rule)  # torch, too, gives 0 for no key
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -698,41 +730,20 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, mask=None, 
 
 
 def load(path):
-    """A prior from the checkpoint of train_prior.py -> Parti on the CPU, in eval mode. A missing,
-    damaged or misfitting file stops with one line (SystemExit)."""
-    return restore(path, lambda saved: Parti(PriorConfig(**saved["config"])))[0]
+    """The prior of a checkpoint of train_prior.py -> Parti on the CPU, in eval mode. SystemExit,
+    one line, if the file is missing or damaged."""
+    saved = read(path)
+    model = Parti(PriorConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
 
 
-def memory(config, batch, shards=1):
-    """What one process needs to train a Parti with Adafactor under bfloat16 autocast, in bytes:
-    {"weights", "gradients", "optimizer", "activations"}. DDP's buckets hold the gradients and cost
-    nothing; on top come the block that FSDP gathers and whatever lives for one operation alone.
-
-    batch: pictures of this process. shards: processes that share the first three (FSDP; gradients
-    only without --accumulate, which holds them whole until the last part of a batch). The
-    activations are what the backward pass needs, with dropout, as torch keeps it on a CPU (on a GPU
-    masks take half); attention keeps no N x N matrix."""
-    with torch.device("meta"):
-        named = dict(Parti(config).named_parameters())
-    count = sum(p.numel() for p in named.values())
-    # A matrix has an int8 momentum and float32 rows, columns and buckets, a vector two moments.
-    moments = sum(p.numel() + sum(4 * p.numel() // p.shape[i] for i in (-1, -2, 0))
-                  if p.ndim > 1 else 8 * p.numel() for p in named.values())
-    # The bfloat16 copies that autocast makes; under FSDP, too, they stay whole.
-    copies = sum(2 * p.numel() for name, p in named.items() if "blocks" in name and p.ndim > 1)
-    # Bytes of a token: 4 a number for what a norm receives, which is float32, 2 for all else.
-    D = config.width
-    # Around an attention: norm, its output, q, attention's output in two layouts, dropout.
-    mix = (4 + 2 + 2 + 4 + 2) * D
-    pair = (2 + 4) * D  # what keys and values come from, and they
-    # The MLP: norm, its output, dropout; GELU's input, dropout and its output are mlp wide.
-    block = mix + pair + (4 + 2 + 2) * D + (2 + 2 + 2) * config.mlp
-    word = config.encoder_layers * block + config.decoder_layers * pair
-    # After the blocks come dropout, norm and head, and log-probabilities.
-    code = config.decoder_layers * (block + mix) + (4 + 4 + 4) * D + 4 * config.codes
-    tokens = config.text_length * word + config.tokens * code
-    return {"weights": 4 * count // shards, "gradients": 4 * count // shards,
-            "optimizer": moments // shards, "activations": copies + batch * tokens}
+def load_dual(path):
+    """The same for the text stage -> DualEncoder."""
+    saved = read(path)
+    model = DualEncoder(PriorConfig(**saved["config"]), saved["image_size"], saved["patch"])
+    model.load_state_dict(saved["model"])
+    return model.eval()
 
 
 def seconds(work):
@@ -741,78 +752,60 @@ def seconds(work):
     return min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
-def walk_through():
-    """Every step on a tiny example, and parameter counts against Parti's Table 1."""
+def main():
+    """Every step on a tiny example, parameter counts against Parti's Table 1, speed."""
     model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
     text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
     steps = {"text": text, "encoded text": model.encoder(text)[0], "image tokens": tokens,
              "logits": model(text, tokens), "sampled": model.generate(text, guidance=1.2)}
     for name, value in steps.items():
-        print(f"{name:25}{tuple(value.shape)}")
-    print("\nParameters: blocks (Parti Table 1), all. GB to train with 8 pictures a process:"
-          "\nactivations alone; in all with nothing sharded (DDP), sharded over 8, over 64 (FSDP)")
+        print(f"{name:15}{tuple(value.shape)}")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
             model = Parti(PRESETS[name])
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
-        need = memory(model.config, 8)
-        print(f"{name:8}{blocks:16,}{need['weights'] // 4:16,}", end=" ")
-        own = need.pop("activations")  # the rest can be shared
-        needs = own, *(own + sum(need.values()) / shards for shards in (1, 8, 64))
-        print(*(f"{x / 1e9:9.1f}" for x in needs))
+        print(f"{name:15}{blocks:,} parameters in the blocks (Parti Table 1)")
+    if torch.cuda.is_available():
+        speed("cuda", torch.bfloat16, PRESETS["350m"], batch=16)
+    else:
+        small = {"width": 512, "heads": 8, "mlp": 2_048, "encoder_layers": 4, "decoder_layers": 4}
+        speed("cpu", torch.float32, PriorConfig(grid=16, **small), batch=4)
 
 
-def benchmark(device):
-    """Attention, training and sampling on this machine, against what the machine can do."""
-    cuda, rates = device == "cuda", {}
-    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + fast]:
-        a = torch.randn(2_048, 2_048, device=device, dtype=dtype)
-        rates[dtype] = 2 * 2_048**3 / seconds(lambda: a @ a)
-        print(f"{device}, matmul {dtype}: {rates[dtype] / 1e9:,.0f} GFLOP/s")
-    big = torch.ones(2**26, device=device)
-    bandwidth = big.nbytes / seconds(big.sum)
-    print(f"reading memory: {bandwidth / 1e9:,.1f} GB/s, {torch.get_num_threads()} threads")
+def speed(device, dtype, config, batch):
+    """Attention, training and sampling on this machine, against what it can do."""
+    a, big = torch.randn(2_048, 2_048, device=device, dtype=dtype), torch.ones(2**26, device=device)
+    rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), big.nbytes / seconds(big.sum)
+    print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, {bandwidth / 1e9:,.1f} GB/s")
+    for grid, kernel in ((32, 0), (32, 11), (64, 0), (64, 11)) if device == "cuda" else ():
+        q, k, v = (torch.randn(4, 16, grid**2, 64, device=device, dtype=dtype, requires_grad=True)
+                   for _ in range(3))
+        i = torch.arange(grid**2, device=device)
+        mask = allowed(i[:, None], i, grid**2, True, kernel, grid)
+        ours = seconds(lambda: attention(q, k, v, True, kernel, grid).backward(v))
+        theirs = seconds(lambda: F.scaled_dot_product_attention(
+            q, k, v, mask if kernel else None, is_causal=not kernel).backward(v))
+        print(f"attention forward and backward, {grid**2} tokens, mask "
+              f"{kernel or 'causal'}: {ours * 1e3:.2f} ms, torch {theirs * 1e3:.2f} ms")
+    model = Parti(config).to(device)
+    text = torch.randint(4, 300, (batch, config.text_length), device=device)
+    tokens = torch.randint(config.codes, (batch, config.tokens), device=device)
+    cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
-    print("\nattention, ms, (B, H, N, d) = (2, 8, N, 64)         forward   forward + backward")
-    rules = {"dense": {}, "causal": {"causal": True}, "sparse": {"kernel": 11}}
-    paths = ("torch", "hand-written")[: 1 + cuda]
-    for grid, name, path in product((16, 32, 64)[: 2 + cuda], rules, paths):
-        q, k, v = torch.randn(3, 2, 8, grid**2, 64, device=device, dtype=dtype).requires_grad_()
-        how = rules[name] | {"grid": grid, "fused": path != "torch"}
-        forward = seconds(torch.no_grad()(lambda: attention(q, k, v, **how)))
-        both = seconds(lambda: attention(q, k, v, **how).sum().backward())
-        print(f"  N {grid**2:5}  {name:8}{path:14}{forward * 1e3:25.2f}{both * 1e3:20.2f}")
+    def train():
+        with cast:
+            logits = model(text, tokens)
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
 
-    print("\nwidth 512, 8 + 8 layers, 64 text tokens, 8,192 codes, guidance")
-    config = PriorConfig(text_vocab=1_000, text_length=64, grid=16, width=512, heads=8, mlp=2_048,
-                         encoder_layers=8, decoder_layers=8, dropout=0.0)
-    text = torch.randint(4, 1_000, (16, 64), device=device)
-    tokens = torch.randint(config.codes, (8, 256), device=device)
-    for dtype in rates:
-        cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-        network = cast(Parti(config).to(device).forward)
-
-        def step():
-            F.cross_entropy(network(text[:8], tokens).flatten(0, 1), tokens.flatten()).backward()
-
-        with FlopCounterMode(display=False) as counter:
-            step()
-        spent = seconds(step)
-        print(f"{dtype}, training, batch 8: {tokens.numel() / spent:,.0f} tokens/s, "
-              f"{counter.get_total_flops() / spent / rates[dtype]:.0%} of the matmul rate")
-        for batch, grid in ((1, 16), (1, 32), (16, 16)):
-            sample = cast(Parti(replace(config, grid=grid)).to(device).eval().generate)
-            taken = timeit(lambda: sample(text[:batch], guidance=1.2).cpu(), number=1)
-            spent = taken / grid**2  # one step: a token of each picture
-            # A step reads all maps but that of the text, keys and values of two streams, the head.
-            kept = 64 + min(grid**2, span(True, config.kernel, grid, 0)[0] + 1)  # words, picture
-            cache = 8 * 2 * 2 * batch * kept * 512 * (dtype.itemsize if cuda else 4)
-            share = (8 * 14 * 512**2 * dtype.itemsize + cache + 8_192 * 512 * 4) / bandwidth / spent
-            print(f"{dtype}, sampling, batch {batch:2}, {grid**2:4} tokens: {batch / spent:6,.0f} "
-                  f"tokens/s, {spent * 1e3:.1f} ms a step, {share:.0%} of memory")
+    words, codes = model.encoder, [*model.blocks, model.head]
+    spent = seconds(train)
+    print(f"training: {tokens.numel() / spent:,.0f} tokens/s")
+    for rows in (1, batch):
+        with torch.inference_mode(), cast:
+            step = CachedDecoder(model.eval(), text[:rows])
+            spent = seconds(lambda: step(config.tokens - 1, tokens[:rows, 0]))
+        weights = ...
 
 
 if __name__ == "__main__":
-    walk_through()
-    benchmark("cuda" if torch.cuda.is_available() else "cpu")
+    main()

@@ -12,92 +12,105 @@ Each also writes a log (.csv) and originals above reconstructions (.png) under t
 same command again continues. decoder.pt is a whole tokenizer with the token ids of vqgan.pt.
 """
 import math
+import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import vqgan
-from data import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(data.Options):
     """Beside those that all training has."""
-    stage: str = option("tokenizer", "what to train", choices=("tokenizer", "decoder", "upsampler"))
-    vqgan: str = option("", "tokenizer of the later stages; empty: vqgan.pt in --out")
-    scale: int = option(2, "of the upsampler stage", choices=(2, 4))
-    vgg: str = option("", "VGG16 weights; empty: fetched")
-    lpips: str = option("", "LPIPS weights; empty: fetched")
+    stage: str = "tokenizer"        # or decoder, upsampler
+    vqgan: str = ""                 # tokenizer of the later stages; empty: vqgan.pt in --out
+    scale: int = 2                  # of the upsampler, or 4
+    vgg: str = ""                   # weights of VGG16 and LPIPS; empty: fetched
+    lpips: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(data.Recipe):
-    """How to train; the defaults are the papers' (ViT-VQGAN §3.3; StyleGAN2). What is marked "ours"
-    is for short runs; the papers' presets have it off."""
-    codebook: float = option(1.0, "weight of this loss, 0: off")
-    l2: float = 1.0
-    l1: float = 0.0                 # ours
-    laplace: float = option(0.1, "0: the decoder emits plain RGB")
-    perceptual: float = 0.1
+    """How to train; the defaults are the papers' (ViT-VQGAN §3.3; StyleGAN2)."""
+    codebook: float = 1.0           # weights of the losses, 0: off
     adversarial: float = 0.1
+    perceptual: float = 0.1
+    laplace: float = 0.1            # 0: the decoder emits plain RGB
+    l2: float = 1.0
     r1: float = 10.0                # gamma of the discriminator's penalty, every 16th step
-    channels: int = option(16384, "base of the discriminator's widths", least=128)
+    channels: int = 16384           # base of the discriminator's widths
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
-    # Ours, too. The later stages have a codebook from their first step.
-    autoencoder: float = option(0.0, "share of steps before k-means starts the codebook", most=1)
-    quantised_rate: float = option(1.0, "factor of lr once there is a codebook")
-    mosaic: float = option(0.0, "share of mosaics from then on", most=1)
-
-    @property
-    def first(self):
-        """The steps before k-means starts the codebook."""
-        return round(self.autoencoder * self.steps)
-
-    def rate(self, step):
-        return super().rate(step) * (self.quantised_rate if step > self.first else 1)
+    # Ours, for short runs; the papers' presets have it off.
+    l1: float = 0.0
+    autoencoder: int = 0            # steps before k-means starts the codebook
+    mosaic: float = 0.0             # share of mosaics among the built-in scenes, see Mosaics
+    quantised_rate: float = 1.0     # factor of lr once there is a codebook
 
 
 PAPER = Recipe(steps=500_000, batch=256, lr=1e-4, warmup=50_000, schedule="cosine", final=0.5,
-               weight_decay=1e-4)    # ViT-VQGAN §5.1
-RECIPES = dict.fromkeys(vqgan.PRESETS, PAPER)
-RECIPES["tiny"] = Recipe(
-    steps=1800, batch=4, lr=2e-3, warmup=20, final=0.02, weight_decay=1e-4, l1=0.2, laplace=0.0,
-    perceptual=0.0, adversarial=0.0, channels=1024, up_width=24, up_blocks=3, save_every=450,
-    autoencoder=0.5, quantised_rate=0.5, mosaic=0.5)
+               weight_decay=1e-4, save_every=200)    # ViT-VQGAN §5.1
+TINY = Recipe(steps=1800, batch=4, micro=4, lr=2e-3, warmup=20, final=0.02, weight_decay=1e-4,
+              l1=0.2, laplace=0.0, perceptual=0.0, adversarial=0.0, channels=1024, up_width=24,
+              up_blocks=3, save_every=450, autoencoder=900, mosaic=0.5, quantised_rate=0.5)
+MINI = replace(TINY, steps=8000, batch=6, micro=6, warmup=50, codebook=0.1, mosaic=0.0,
+               autoencoder=2000, quantised_rate=1.0, save_every=1000)
+TOKENIZER = {"tiny": TINY, "mini": MINI, "small": PAPER, "base": PAPER,
+             "large": replace(PAPER, micro=8)}
+LATER = {name: replace(recipe, autoencoder=0) for name, recipe in TOKENIZER.items()}
+RECIPES = {"tokenizer": TOKENIZER, "decoder": LATER, "upsampler": LATER}
 
 
-def build(run, config):
+class Mosaics(data.Scenes):
+    """Scenes of which a share gives way to mosaics: N distinct patches of the scenes, drawn at
+    random. Most of a scene is background; in mosaics all patches are equally frequent. While there
+    is no codebook yet all are mosaics."""
+
+    def __init__(self, scenes, patch, recipe):
+        super().__init__(scenes.split, scenes.size, scenes.seed)
+        self.patch, self.share = patch, recipe.mosaic
+        self.all_before = recipe.autoencoder * recipe.batch                # position in the stream
+        pictures = torch.stack([torch.from_numpy(scenes.sample(i)[0]) for i in range(4096)])
+        patches = vqgan.patchify(pictures.permute(0, 3, 1, 2), patch)      # (4096, N, 3 * p * p)
+        self.patches = patches.flatten(0, 1).unique(dim=0)                 # (M, 3 * p * p)
+
+    def sample(self, index, rng):
+        """-> uint8 (size, size, 3), caption, which a mosaic has none of."""
+        if index >= self.all_before and rng.random() >= self.share:
+            return super().sample(index)
+        places = rng.integers(len(self.patches), size=(1, (self.size // self.patch) ** 2))
+        picture = vqgan.unpatchify(self.patches[places], self.patch)       # (1, 3, S, S)
+        return picture[0].permute(1, 2, 0).numpy(), ""
+
+
+def build(options, recipe, config):
     """-> the network that --stage trains, its config as a dict, the frozen tokenizer or None."""
-    options, recipe = run.options, run.recipe
     if options.stage == "tokenizer":
-        config = replace(config, logit_laplace=recipe.laplace > 0)    # a loss of its own maps
+        config = replace(config, logit_laplace=recipe.laplace > 0)         # a loss of its own maps
         return vqgan.VQGAN(config), asdict(config), None
-    if config != vqgan.PRESETS[options.preset]:
-        raise SystemExit(f"--stage {options.stage} takes the sizes from the tokenizer's file: "
-                         "leave out the options that set them")
-    tokenizer = vqgan.load(options.vqgan or run.path.with_name("vqgan.pt")).requires_grad_(False)
-    if options.stage == "upsampler":
-        sizes = {"scale": options.scale, "width": recipe.up_width, "blocks": recipe.up_blocks}
-        return vqgan.Upsampler(**sizes), sizes, tokenizer.to(run.device)
-    config = vqgan.larger_decoder(tokenizer.config)
-    model = vqgan.VQGAN(config)
-    model.encoder, model.codebook = tokenizer.encoder, tokenizer.codebook     # these stay frozen
-    return model, asdict(config), None
+    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
+    if options.stage == "decoder":
+        config = vqgan.larger_decoder(tokenizer.config)
+        model = vqgan.VQGAN(config)
+        model.encoder, model.codebook = tokenizer.encoder, tokenizer.codebook    # stay frozen
+        return model, asdict(config), None
+    larger = Path(options.out, "decoder.pt")    # what sample.py will enlarge the pictures of
+    if larger.exists():
+        tokenizer = vqgan.load(larger).requires_grad_(False)
+    sizes = {"scale": options.scale, "width": recipe.up_width, "blocks": recipe.up_blocks}
+    return vqgan.Upsampler(**sizes), sizes, tokenizer
 
 
-def make_optimizer(network, recipe):
-    """AdamW with the papers' moments for what is not frozen (ViT-VQGAN §5.1)."""
-    weights = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(weights, recipe.lr, (0.9, 0.99), weight_decay=recipe.weight_decay,
-                             fused=True)
-
-
-def predict(net, images, tokenizer=None, quantise=True):
-    """Pictures (B, 3, H, W) -> (decoder's maps, codebook loss, tokens). With a frozen tokenizer,
-    net is the upsampler and sees its reconstructions of the reduced pictures (Parti Fig. 4)."""
+def predict(net, images, tokenizer, quantise):
+    """Pictures (B, 3, H, W) -> decoder's maps, codebook loss, tokens. With a frozen tokenizer, net
+    is the upsampler and sees its reconstructions of the reduced pictures (Parti Fig. 4)."""
     if tokenizer is None:
         return net(images, quantise, raw=True)
     with torch.no_grad():
@@ -107,144 +120,160 @@ def predict(net, images, tokenizer=None, quantise=True):
     return net(small), images.new_zeros(()), tokens
 
 
-def generator_step(net, critic, lpips, images, recipe, *how):
-    """-> reconstructions (B, 3, H, W) without gradient, {name in the recipe: its loss; "loss": the
-    weighted sum}. The discriminator is frozen: it only passes gradients on. Under a frozen codebook
-    its loss is a constant, logged but without gradient."""
-    maps, codebook_loss, _ = predict(net, images, *how)
+def generator_step(maps, codebook_loss, images, critic, lpips, recipe):
+    """What the generator emits for images (B, 3, H, W) -> {name: loss}; "loss" is the paper's sum
+    (ViT-VQGAN §3.3). The discriminator is frozen here: it only passes gradients on."""
     pictures = vqgan.view(maps)
-    losses = {"codebook": codebook_loss, "l2": F.mse_loss(pictures, images),
-              "l1": F.l1_loss(pictures, images)}
-    if recipe.laplace and maps.shape[1] == 6:
-        losses["laplace"] = vqgan.logit_laplace_loss(maps, images)
-    if lpips:
-        losses["perceptual"] = lpips(images, pictures)
+    zero = images.new_zeros(())
+    perceptual = lpips(images, pictures) if lpips else zero
+    laplace = vqgan.logit_laplace_loss(maps, images) if maps.shape[1] == 6 else zero
+    adversarial = zero
     if critic:
         critic.requires_grad_(False)
-        losses["adversarial"] = vqgan.generator_loss(critic(pictures))
-    total = sum(getattr(recipe, name) * loss for name, loss in losses.items())
-    return pictures.detach(), {"loss": total} | losses
+        adversarial = vqgan.generator_loss(critic(pictures))
+        critic.requires_grad_(True)
+    l2, l1 = F.mse_loss(pictures, images), F.l1_loss(pictures, images)
+    loss = (recipe.codebook * codebook_loss + recipe.adversarial * adversarial
+            + recipe.perceptual * perceptual + recipe.laplace * laplace
+            + recipe.l2 * l2 + recipe.l1 * l1)
+    return {"loss": loss, "codebook": codebook_loss, "l2": l2, "l1": l1, "laplace": laplace,
+            "perceptual": perceptual, "adversarial": adversarial}
 
 
-def discriminator_step(critic, images, fakes, recipe, step):
-    """Pictures and reconstructions without gradient -> {"critic": loss; kind: mean score}. The
-    gradient penalty is lazy: every 16th step."""
-    critic.requires_grad_(True)
-    images = images.clone().requires_grad_(step % 16 == 1)
+def discriminator_step(critic, images, fakes, recipe, penalised):
+    """Pictures and reconstructions without gradient -> {"critic": loss, and the mean scores}.
+    penalised: add the lazy gradient penalty (StyleGAN2)."""
+    images = images.clone().requires_grad_(penalised)
     real, fake = critic(images), critic(fakes)
     loss = vqgan.discriminator_loss(real, fake)
-    if images.requires_grad:
+    if penalised:
         loss = loss + vqgan.r1_penalty(real, images, recipe.r1)
     return {"critic": loss, "real": real.mean(), "fake": fake.mean()}
 
 
-def distinct_patches(images, config):
-    """Pictures (B, 3, H, W) -> their patches without repetitions (M, 3 * p * p): background, which
-    is most of a scene, counts once. The first are repeated to make M a multiple of N."""
-    patches = vqgan.patchify(images, config.patch).flatten(0, 1).unique(dim=0)
-    count = math.ceil(len(patches) / config.grid ** 2) * config.grid ** 2
-    return patches[torch.arange(count) % len(patches)]
+def make_optimizer(network, recipe):
+    """AdamW with the papers' moments for what is not frozen (ViT-VQGAN §5.1)."""
+    weights = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, recipe.lr, (0.9, 0.99), weight_decay=recipe.weight_decay,
+                             fused=True)
 
 
 @torch.no_grad()
-def start_codebook(model, pool, generator, surroundings=8):
-    """K-means on one latent per patch of pool (M, 3 * p * p), its mean in several surroundings:
-    what is rare needs a code as much as what is common, and no patch needs two."""
-    z, config = 0, model.config
-    for _ in range(surroundings):
-        order = torch.randperm(len(pool), generator=generator)
-        pictures = vqgan.unpatchify(pool[order.view(-1, config.grid ** 2)], config.patch)
-        latents = torch.cat([model.latents(part) for part in pictures.split(32)]).flatten(0, 1)
-        z = z + latents[order.argsort()]                                   # (M, code_dim)
-    model.init_codebook(z)
-
-
-def training_pictures(batches, model, pool, run):
-    """Batches of bytes -> tuples of pictures (b, 3, H, W) in [0, 1]. With a pool of patches:
-    mosaics alone (unless recipe.mosaic is 0) train the autoencoder, then k-means starts the
-    codebook, then recipe.mosaic of a batch are mosaics, in the later decoder stage, too."""
-    recipe = run.recipe
-    for step, (images, _) in enumerate(batches, run.start):
-        images = images.to(run.device) / 255
-        if pool is not None:
-            generator = torch.Generator().manual_seed(recipe.seed + 1_000_003 * step)
-            if step == recipe.first > 0:
-                data.say("k-means starts the codebook ...")
-                start_codebook(model, pool, generator)
-            share = recipe.mosaic if step >= recipe.first else float(recipe.mosaic > 0)
-            # Drawn for all processes together: mosaics are the first pictures of the whole batch.
-            places = recipe.batch, model.config.grid ** 2
-            places = torch.randint(len(pool), places, generator=generator)
-            rows = torch.arange(recipe.batch).chunk(run.world)[run.rank]
-            rows = rows[rows < share * recipe.batch]
-            images[:len(rows)] = vqgan.unpatchify(pool[places[rows]], model.config.patch)
-        yield (images,)
-
-
-MEASURES = "psnr", "usage", "perplexity", "right"
+def start_codebook(model, dataset, seed, device):
+    """K-means on the latents of the first 250 training pictures."""
+    parts = data.batches(dataset, 250, seed, 0, 1, micro=50)
+    model.init_codebook(torch.cat([model.latents(x.to(device) / 255) for x, _ in parts]))
 
 
 @torch.no_grad()
-def evaluate(net, images, captions, codes, path, *how):
-    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes
-    also the share that still shows its caption. Draws originals above reconstructions."""
-    results = [predict(net, part, *how) for part in images.split(32)]
+def evaluate(net, images, captions, path, codes, tokenizer, quantise):
+    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes,
+    which have captions, also the share that still shows them. Draws originals above
+    reconstructions."""
+    results = [predict(net, part, tokenizer, quantise) for part in images.split(16)]
     pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
-    usage = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
-    right = [data.check(*pair) for pair in zip(pictures, captions)]
+    usage, perplexity = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
     data.save_grid(path, [images[:8], pictures[:8]], ["originals", "reconstructions"])
-    decibels = vqgan.psnr(images, pictures).mean().item()
-    return dict(zip(MEASURES, (decibels, *usage, sum(right) / len(right) if right else None)))
+    right = [data.check(*pair) for pair in zip(pictures, captions)]
+    return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
+            "perplexity": perplexity, "right": sum(right) / len(right) if right else None}
 
 
 def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small",
                                          derived=("logit_laplace", "public"))
-    if options.stage != "tokenizer":
-        recipe = replace(recipe, autoencoder=0.0)
-    name = options.stage.replace("tokenizer", "vqgan")
-    run = data.Run(options, recipe, name, config.width, vqgan.read)
+    rank, world, device, autocast = data.begin(options, config.width)
+    path = Path(options.out, options.stage.replace("tokenizer", "vqgan") + ".pt")
+    saved = vqgan.read(path) if path.exists() and not options.fresh else None
 
-    # The data, and the networks, new or from the checkpoint.
+    # The networks; the discriminator judges pictures of the size that comes out.
     torch.manual_seed(recipe.seed)
-    model, sizes, tokenizer = build(run, config)
+    model, sizes, tokenizer = build(options, recipe, config)
+    model.to(device)
+    if tokenizer:
+        tokenizer.to(device)
     config = (tokenizer or model).config
     size = config.image_size * (options.scale if tokenizer else 1)
-    train, held = (data.open_data(options.data, "", size, crop, split, recipe.seed)
-                   for split, crop in (("train", data.tokenizer_crop), ("seen", data.centre_crop)))
-    with data.explain("the discriminator", "--image-size 8, 16, 32 ... and enough --channels, or "
-                      "--adversarial 0"):
-        critic = vqgan.Discriminator(size, recipe.channels) if recipe.adversarial else None
-    with data.explain(f"--vgg '{options.vgg}' --lpips '{options.lpips}'",
-                      f"downloads of {vqgan.VGG[0]} and {vqgan.LPIPS[0]}, or --perceptual 0"):
-        lpips = recipe.perceptual and vqgan.Perceptual(options.vgg, options.lpips).to(run.device)
-    frozen = 0 if options.stage == "tokenizer" else (tokenizer or model).fingerprint()
-    run.resume(sizes, autoencoder_steps=recipe.first, tokenizer_fingerprint=frozen)
-    networks = {"model": model, "discriminator": critic} if critic else {"model": model}
-    nets = run.together(networks, make_optimizer)
+    parts, critic, lpips = {"": (model, make_optimizer(model, recipe))}, None, None
+    if recipe.adversarial:
+        critic = vqgan.Discriminator(size, recipe.channels).to(device)
+        parts["discriminator_"] = critic, make_optimizer(critic, recipe)
+    if recipe.perceptual:
+        lpips = vqgan.Perceptual(options.vgg, options.lpips).to(device)
+    if options.init and not saved:
+        model.load_state_dict(vqgan.read(options.init)["model"])
 
-    # A stream of training pictures from here on, and 256 fixed ones that are held out.
-    stream = data.batches(train, recipe.batch, recipe.seed, run.start, recipe.steps, run.rank,
-                          run.world, options.workers)
-    held, captions = next(data.batches(held, min(256, len(held)), 0, 0, 1))
-    held, captions = held.to(run.device) / 255, [] if options.data else captions
-    pool = None
-    if recipe.first or recipe.mosaic and not tokenizer:
-        pictures, _ = next(data.batches(train, 4096, recipe.seed, 0, 1))
-        pool = distinct_patches(pictures, config).to(run.device) / 255
+    # The data: training pictures, and up to 256 fixed ones that are held out.
+    train = data.open_data(options.data, "", size, data.tokenizer_crop, "train", recipe.seed)
+    held = data.open_data(options.data, "", size, data.centre_crop, "held-out", recipe.seed)
+    [(held, captions)] = data.batches(held, min(256, len(held)), 0, 0, 1)
+    held = held.to(device) / 255
+    data.say(train.summary())
+    if recipe.mosaic and not options.data and not tokenizer:
+        train = Mosaics(train, config.patch, recipe)
 
-    def losses_of(step, images):
-        how = tokenizer, step > recipe.first
-        fakes, losses = generator_step(nets[0], critic, lpips, images, recipe, *how)
-        yield losses
-        yield discriminator_step(nets[1], images, fakes, recipe, step)    # if there is one
+    # Where it stood, if it was begun before.
+    fingerprint = 0 if options.stage == "tokenizer" else (tokenizer or model).fingerprint()
+    made_for = sizes | data.identity(options) | {
+        "fingerprint": fingerprint, "autoencoder": recipe.autoencoder,
+        "adversarial": recipe.adversarial > 0}
+    content = {"config": sizes, "recipe": asdict(recipe), "made_for": made_for,
+               "fingerprint": fingerprint}
+    start, skipped = data.resume(path, saved, content, parts)
+    del saved    # training needs the memory
+    net = data.parallel(model, world, options.compile)
+    judge = data.parallel(critic, world) if critic else None
 
-    def health(step):
-        how = config.codes, run.path.with_suffix(".png"), tokenizer, step > recipe.first
-        return evaluate(model, held, captions, *how) if run.main else {}
+    share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
+    stream = data.batches(train, recipe.batch, recipe.seed, start, recipe.steps, rank, world,
+                          recipe.micro, options.workers)
+    began = time.perf_counter()
+    bar = tqdm(range(start, recipe.steps), path.stem, recipe.steps, initial=start, disable=rank > 0)
+    for step in bar:
+        if step == recipe.autoencoder > 0:
+            start_codebook(model, train, recipe.seed, device)
+        quantise = step >= recipe.autoencoder
+        totals, done = defaultdict(float), 0
+        for images, _ in islice(stream, math.ceil(share / recipe.micro)):
+            images = images.to(device, non_blocking=True) / 255
+            weight, done = len(images) / share, done + len(images)
+            data.share_gradients(net, done == share)
+            data.share_gradients(judge, done == share)
 
-    run.train(training_pictures(stream, model, pool, run), losses_of, health, MEASURES)
+            # The generator reconstructs, and wants to be taken for real.
+            with autocast:
+                maps, codebook_loss, _ = predict(net, images, tokenizer, quantise)
+                losses = generator_step(maps, codebook_loss, images, critic, lpips, recipe)
+            (weight * losses["loss"]).backward()
+
+            # The discriminator learns to tell its pictures from the originals.
+            if critic:
+                with autocast:
+                    fakes = vqgan.view(maps).detach()
+                    losses |= discriminator_step(judge, images, fakes, recipe, step % 16 == 0)
+                (weight * losses["critic"]).backward()
+            for name, loss in losses.items():
+                totals[name] += weight * loss.detach()
+
+        lr = data.rate(recipe, step + 1) * (recipe.quantised_rate if quantise else 1)
+        norms = [data.update(*part, lr, recipe.clip, skipped) for part in parts.values()]
+
+    # Once in a while: evaluate, log, save.
+        done = step + 1
+        row = {"step": done}
+        due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
+        if due and rank == 0:
+            row |= evaluate(model, held, [] if options.data else captions, path.with_suffix(".png"),
+                            config.codes, tokenizer, quantise)
+            bar.set_postfix(psnr=row["psnr"], right=row["right"])
+        if rank == 0 and (due or done % 10 == 0):
+            row |= {name: value.item() for name, value in totals.items()}
+            row |= {"grad_norm": norms[0], "lr": lr, "skipped": skipped["total"],
+                    "seconds": round(time.perf_counter() - began, 1)}
+            data.log(path.with_suffix(".csv"), row, options.wandb)
+        if due:
+            data.save(path, content | {"step": done, "skipped": skipped}, parts)
 
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()

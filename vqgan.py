@@ -8,11 +8,10 @@ then what only training needs (losses, perceptual loss, discriminator), the supe
 upsampler, and loading. Pictures are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, everywhere.
 Axes: B batch, N image tokens, H heads, D width, K codebook entries, G grid side (N = G * G).
 """
+import math
 import time
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +21,16 @@ from torch import nn
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
-SIZES = ("width", "layers", "heads", "mlp")    # of a tower (ViT-VQGAN Table 2)
-
-
 @dataclass(frozen=True)
 class VQGANConfig:
-    """All sizes of a tokenizer. A decoder_* field of 0 means "as the encoder" (ViT-VQGAN Table 2).
-
-    Raises ValueError, one line naming the values, for sizes that do not fit together."""
+    """All sizes of a tokenizer. Raises ValueError for sizes that do not fit together."""
     image_size: int = 256
     patch: int = 8              # a token is one 8x8 patch: 256 x 256 pixels are 32 x 32 tokens
-    width: int = 512
+    width: int = 512            # of the encoder, as the next three
     layers: int = 8
     heads: int = 8
     mlp: int = 2048
-    decoder_width: int = 0
-    decoder_layers: int = 0
-    decoder_heads: int = 0
-    decoder_mlp: int = 0
+    decoder: tuple = ()         # width, layers, heads, mlp of the decoder; (): as the encoder
     codes: int = 8192           # K
     code_dim: int = 32          # width of the space in which codes are looked up
     code_scale: float = 1.0     # the decoder receives the unit-norm code times this
@@ -49,24 +40,30 @@ class VQGANConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
-        for width, _, heads, _ in (self.sizes(), self.sizes("decoder_")):
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of {self.patch}")
+        for width, _, heads, _ in self.towers:
             if width % heads and not self.public:
-                raise ValueError(f"width {width} is not divisible by {heads} heads")
+                raise ValueError(f"width {width} is not a multiple of heads {heads}")
 
     @property
     def grid(self):
         """G: tokens along one side of the picture."""
         return self.image_size // self.patch
 
-    def sizes(self, prefix=""):
-        """(width, layers, heads, mlp) of the encoder; of the decoder with prefix "decoder_"."""
-        return tuple(getattr(self, prefix + name) or getattr(self, name) for name in SIZES)
+    @property
+    def towers(self):
+        """(width, layers, heads, mlp) of the encoder and of the decoder."""
+        encoder = self.width, self.layers, self.heads, self.mlp
+        return encoder, self.decoder or encoder
 
 
-PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
-    "tiny": VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder_layers=2,
-                        codes=1088, code_scale=32 ** 0.5, logit_laplace=False),
+PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes, mini for a laptop's own pictures
+    "tiny": VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512,
+                        decoder=(128, 2, 4, 512), codes=1088, code_scale=32 ** 0.5,
+                        logit_laplace=False),
+    "mini": VQGANConfig(image_size=64, patch=4, width=128, layers=1, heads=4, mlp=512,
+                        decoder=(128, 2, 4, 512), codes=4096, code_scale=32 ** 0.5,
+                        logit_laplace=False),
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
     "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120)}
@@ -74,11 +71,10 @@ PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes on a laptop
 
 def larger_decoder(config):
     """The config of Parti's second tokenizer stage (§2.1, App. H): the same encoder and codebook
-    under a larger decoder that emits plain RGB. Large for the papers' sizes, 4 blocks for tiny; for
-    a public tokenizer, with the blocks of public checkpoints."""
-    large = PRESETS["large"].sizes() if config.width >= 512 else (192, 4, 6, 768)
-    larger = {f"decoder_{name}": size for name, size in zip(SIZES, large)}
-    return replace(config, logit_laplace=False, **larger)
+    under a larger decoder that emits plain RGB: Large, or for tiny and mini one of 4 blocks."""
+    large, _ = PRESETS["large"].towers
+    decoder = large if config.width >= 512 else (192, 4, 6, 768)
+    return replace(config, logit_laplace=False, decoder=decoder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,8 +116,10 @@ class Tower(nn.Module):
         self.project = nn.Linear(width, n_out)
 
     def forward(self, x):
-        x = self.embed(x) + self.positions
-        return self.project(self.head(self.norm(self.blocks(x))))
+        x = self.embed(x) + self.positions                                 # (B, N, D)
+        x = self.head(self.norm(self.blocks(x)))
+        with torch.autocast(x.device.type, enabled=False):                 # output in float32
+            return self.project(x.float())                                 # (B, N, n_out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,10 +143,11 @@ class VQGAN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        encoder, decoder = config.towers
         pixels, maps = config.patch ** 2, 6 if config.logit_laplace else 3
-        self.encoder = Tower(config, 3 * pixels, config.code_dim, *config.sizes())
+        self.encoder = Tower(config, 3 * pixels, config.code_dim, *encoder)
         self.codebook = nn.Parameter(torch.empty(config.codes, config.code_dim))
-        self.decoder = Tower(config, config.code_dim, maps * pixels, *config.sizes("decoder_"))
+        self.decoder = Tower(config, config.code_dim, maps * pixels, *decoder)
         self.initialise()
 
     @torch.no_grad()
@@ -157,19 +156,13 @@ class VQGAN(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and name != "codebook":
                 nn.init.xavier_uniform_(weight)                # as ViT: keeps variance at any width
-            # Every block starts by adding small constants: training leaves the mean colour behind
-            # sooner.
             if name.endswith(("out.weight", "mlp.2.weight")):
-                nn.init.zeros_(weight)
+                nn.init.zeros_(weight)                         # each block starts as a constant
         for tower in (self.encoder, self.decoder):
             nn.init.normal_(tower.positions, std=0.02)         # as ViT: content first, place second
-        # W(2x - 1): sees pixels in [-1, 1], or the brightness would drown the rest.
-        self.encoder.embed.bias.copy_(-self.encoder.embed.weight.sum(1))
-        self.encoder.embed.weight.mul_(2)
         nn.init.normal_(self.codebook)                         # ViT-VQGAN §3.2; direction counts
-        # Start close to mid-grey, whether mu or RGB.
-        nn.init.normal_(self.decoder.project.weight, std=0.02)
-        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)
+        nn.init.normal_(self.decoder.project.weight, std=0.02)           # start near mid-grey,
+        self.decoder.project.bias.fill_(0.0 if self.config.logit_laplace else 0.5)   # mu or RGB
 
     def latents(self, images):
         """(B, 3, H, W) in [0, 1] -> (B, N, code_dim) float32 of unit norm: the encoder's side of
@@ -177,6 +170,8 @@ class VQGAN(nn.Module):
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"expected images (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        if not self.config.public:
+            images = 2 * images - 1     # centred, or the brightness would drown the rest
         z = self.encoder(patchify(images, self.config.patch))              # (B, N, code_dim)
         return F.normalize(z.float(), dim=-1)
 
@@ -308,10 +303,11 @@ VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
 LPIPS = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
          "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
+STAGES = (64, 4), (128, 9), (256, 16), (512, 23), (512, 30)    # of VGG16: channels, last layer + 1
 
 
 def fetch(path, url, sha256):
-    """Weights in a file, or for "" those under url, fetched once and checked."""
+    """The weights in the file `path`; for "" those under url, fetched once and checked."""
     if path:
         return torch.load(path, map_location="cpu", weights_only=True)
     return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
@@ -321,33 +317,47 @@ def fetch(path, url, sha256):
 class Perceptual(nn.Module):
     """LPIPS on VGG16 as VQGAN ships it (ViT-VQGAN §3.3): two (B, 3, H, W) in [0, 1] -> mean of B.
 
-    vgg, lpips: files of torchvision's VGG16 and of the LPIPS v0.1 weights; "" fetches them once,
-    checked by SHA-256. Raises whatever torch raises if they cannot be had or do not fit. Frozen.
-    Pictures of at least 16 x 16 pixels."""
+    vgg, lpips: files of torchvision's VGG16 and of the LPIPS v0.1 weights; "" fetches them once.
+    Frozen. Pictures of at least 16 x 16 pixels. Raises what torch raises if they do not fit, and
+    URLError without a network."""
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
-        for name, value in (fetch(vgg, *VGG) | fetch(lpips, *LPIPS)).items():
-            if not name.startswith("classifier"):           # most of VGG16, unused
-                self.register_buffer(name.replace("features.", "vgg").replace(".", "_"), value)
-        self(*torch.zeros(2, 1, 3, 16, 16))                 # all tensors are there and fit
+        layers, channels = [], 3
+        for width, end in STAGES:
+            while len(layers) < end:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.vgg = nn.ModuleDict({"features": nn.Sequential(*layers)})
+        weights = fetch(vgg, *VGG)
+        self.vgg.load_state_dict({name: weights[name] for name in self.vgg.state_dict()})
+        weights = fetch(lpips, *LPIPS)
+        self.lins = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
+        self.requires_grad_(False)
 
     def forward(self, images, reconstruction):
-        # The shift and the scale of red, green and blue, (3, 1, 1) each.
-        shift, scale = images.new_tensor([[-.03, -.088, -.188], [.458, .448, .45]])[..., None, None]
+        shift = images.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)     # of red, green, blue
+        scale = images.new_tensor([.458, .448, .450]).view(3, 1, 1)
         x = (2 * torch.cat([images, reconstruction]) - 1 - shift) / scale  # (2B, 3, H, W)
-        distance, w = 0, dict(self.named_buffers())
-        for i, stage in enumerate([(0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]):
-            x = F.max_pool2d(x, 2) if i else x
-            for j in stage:                                                # VGG16's convolutions
-                x = F.conv2d(x, w[f"vgg{j}_weight"], w[f"vgg{j}_bias"], padding=1).relu()
+        distance, start = 0, 0
+        for (_, end), lin in zip(STAGES, self.lins):                       # lin: (1, C, 1, 1)
+            x = self.vgg["features"][start:end](x)                         # (2B, C, h, w)
             a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)       # (B, C, h, w) each
-            distance += (w[f"lin{i}_model_1_weight"] * (a - b).square()).sum(1).mean()
+            distance = distance + (lin * (a - b).square()).sum(1).mean()
+            start = end
         return distance
 
 
 # ---------------------------------------------------------------------------------------------
 # StyleGAN2's residual discriminator (ViT-VQGAN §3.3)
+
+def blur(x, padding):
+    """Low-pass (B, C, H, W) with [1, 3, 3, 1] along both sides (StyleGAN2)."""
+    taps = x.new_tensor([1, 3, 3, 1]) / 8
+    kernel = taps.outer(taps).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+
 
 class EqualConv(nn.Conv2d):
     """Convolution with equalised learning rate: weights are N(0, 1), scaled by 1/sqrt(fan in) when
@@ -360,8 +370,7 @@ class EqualConv(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            for padding in (1, self.kernel_size[0] // 2, 0):    # [1, 1] three times over is the
-                x = F.avg_pool2d(x, 2, 1, padding)              # filter [1, 3, 3, 1]
+            x = blur(x, 1 + self.kernel_size[0] // 2)
         weight = self.weight * self.weight[0].numel() ** -0.5
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
@@ -396,8 +405,8 @@ class Discriminator(nn.Module):
             x = (leaky(down(leaky(conv(x)))) + skip(x)) * 0.5 ** 0.5       # (B, C', S/2, S/2)
         # Minibatch stddev: how much the pictures of a group of 4 differ, as one extra map. A group
         # is 4 neighbours, so that processes and parts that share a batch form the groups of one
-        # that does not. Other sizes use the largest group of at most 4 that divides them.
-        group = max(g for g in (1, 2, 3, 4) if len(x) % g == 0)
+        # that does not. Other sizes use groups of 2, or 1.
+        group = math.gcd(len(x), 4)
         var = x.float().unflatten(0, (-1, group)).var(1, unbiased=False)   # (B/group, C, 4, 4)
         std = (var + 1e-8).sqrt().mean((1, 2, 3), keepdim=True).repeat_interleave(group, dim=0)
         x = torch.cat([x, std.expand(-1, 1, 4, 4)], dim=1)                 # (B, C+1, 4, 4)
@@ -448,29 +457,19 @@ class Upsampler(nn.Sequential):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-MADE_BY = {"vqgan.pt": "train_vqgan.py", "prior.pt": "train_vqgan.py && python train_prior.py",
-           "decoder.pt": "train_vqgan.py --stage decoder", "text.pt": "train_prior.py --stage text",
-           "upsampler.pt": "train_vqgan.py --stage upsampler"}
-
-
-def read(path, use=lambda saved: saved):
-    """What `use` makes of a file of tensors and plain values, by default these themselves, on the
-    CPU. Always weights_only=True. SystemExit, one line with the way out, if the file is missing,
-    damaged, holds more than that, or is of a kind that `use` cannot use."""
+def read(path):
+    """A checkpoint, plain values and tensors, on the CPU; always weights_only=True. SystemExit with
+    one line that says what to do if the file is missing, damaged or holds more than that."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch compares none
-            raise ValueError("a checksum is wrong")
-        return use(torch.load(path, map_location="cpu", weights_only=True))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        command = MADE_BY.get(Path(path).name, "train_vqgan.py or train_prior.py")
-        raise SystemExit(f"{path} does not exist; this makes it: python {command}")
+        raise SystemExit(f"{path} does not exist; python train_vqgan.py && python train_prior.py "
+                         "make vqgan.pt and prior.pt, and with --stage the others")
     except Exception as error:    # torch raises half a dozen types, depending on the damage
-        if "Unsupported global" in str(error):
-            raise SystemExit(f"{path} holds more than tensors; if you trust it, keep these alone: "
-                             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
-        says = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:200]}"
-        raise SystemExit(f"{path} is damaged or of another kind ({says}). Damaged: fetch it again; "
-                         "if trained here, take the .prev.pt beside it, or --fresh")
+        raise SystemExit(f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds "
+                         "more than tensors. Damaged: train again with --fresh. More: if you "
+                         "trust it, torch.save(torch.load(FILE, weights_only=False)"
+                         "['state_dict'], NEW)")
 
 
 # enhancing-transformers -> here, applied in this order
@@ -483,46 +482,43 @@ PUBLIC_NAMES = {
 
 
 def convert_public(state):
-    """Public ViT-VQGAN (enhancing-transformers) state dict -> a checkpoint like ours, all sizes
-    read from the tensors. Unlike the paper it has tanh inside the MLPs, no tanh head, no biases on
-    qkv, and heads always 64 wide."""
-    names = "\n".join(state)
-    for old, new in PUBLIC_NAMES.items():
-        names = names.replace(old, new)
-    ours = {n: v for n, v in zip(names.split("\n"), state.values()) if not n.startswith("loss.")}
-    *_, patch = ours["encoder.embed.weight"].shape
-    codes, code_dim = ours["codebook"].shape
-    config = dict(image_size=patch * round(ours["encoder.positions"].shape[1] ** 0.5), patch=patch,
-                  codes=codes, code_dim=code_dim, logit_laplace=False, public=True)
-    for side, prefix in (("encoder", ""), ("decoder", "decoder_")):
-        config[prefix + "width"], inner = ours[f"{side}.blocks.0.out.weight"].shape
-        config[prefix + "heads"] = inner // 64
-        config[prefix + "mlp"] = len(ours[f"{side}.blocks.0.mlp.0.weight"])
-        config[prefix + "layers"] = sum(side in n and "norm1.bias" in n for n in ours)
+    """Public ViT-VQGAN (enhancing-transformers) state dict -> config, state dict of `VQGAN`, all
+    sizes read from the tensors. Unlike the paper it has tanh inside the MLPs, no tanh head, no
+    biases on qkv, heads always 64 wide, and pixels in [0, 1]."""
+    ours = {}
+    for name, tensor in state.items():
+        for old, new in PUBLIC_NAMES.items():
+            name = name.replace(old, new)
+        if not name.startswith("loss."):
+            ours[name] = tensor
+
+    def tower(side):
+        width, inner = ours[f"{side}.blocks.0.out.weight"].shape
+        layers = sum(name.startswith(side) and "norm1.bias" in name for name in ours)
+        return width, layers, inner // 64, len(ours[f"{side}.blocks.0.mlp.0.weight"])
+
+    patch = ours["encoder.embed.weight"].shape[-1]
+    config = VQGANConfig(patch * round(ours["encoder.positions"].shape[1] ** 0.5), patch,
+                         *tower("encoder"), tower("decoder"), *ours["codebook"].shape,
+                         logit_laplace=False, public=True)
     # Convolutions whose stride is their kernel are linear maps of patches: (c, y, x) flattened.
     ours["encoder.embed.weight"] = ours["encoder.embed.weight"].flatten(1)
     ours["decoder.project.weight"] = ours["decoder.project.weight"].flatten(1).T
     ours["decoder.project.bias"] = ours["decoder.project.bias"].repeat_interleave(patch ** 2)
-    return {"config": config, "model": ours}
-
-
-def restore(path, build):
-    """A checkpoint -> the network build(checkpoint) with its weights, on the CPU in eval mode, and
-    the checkpoint itself. SystemExit, one line, as `read`."""
-    def network_of(saved):
-        if "model" not in saved:
-            saved = convert_public(saved.get("state_dict", saved))
-        network = build(saved)
-        network.load_state_dict(saved.pop("model"))
-        saved.pop("optimizer", None)    # larger than all the rest
-        return network.eval(), saved
-    return read(path, network_of)
+    return config, ours
 
 
 def load(path):
     """A tokenizer from our checkpoint or a public enhancing-transformers one -> VQGAN on the CPU,
-    in eval mode. A missing, damaged or misfitting file stops with one line (SystemExit)."""
-    return restore(path, lambda saved: VQGAN(VQGANConfig(**saved["config"])))[0]
+    in eval mode. SystemExit as `read`; what does not fit raises as torch does."""
+    saved = read(path)
+    if "model" in saved:
+        config, state = VQGANConfig(**saved["config"]), saved["model"]
+    else:
+        config, state = convert_public(saved.get("state_dict", saved))
+    model = VQGAN(config)
+    model.load_state_dict(state)
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,22 +529,19 @@ def main():
     """Every step on a tiny example, its speed, parameter counts against the papers' tables."""
     model, images = VQGAN(PRESETS["tiny"]), torch.rand(16, 3, 64, 64)
     z = model.latents(images)
-    z_q, _, tokens = model.quantise(z)
-    steps = {"pictures": images, "latents of unit norm": z, "nearest codes": z_q, "tokens": tokens,
-             "decoded": model.decode(tokens), "upsampled": Upsampler(2, width=16, blocks=2)(images),
-             "discriminator's scores": Discriminator(64, cap=64)(images)}
-    for step, value in steps.items():
-        print(f"{step:24}{tuple(value.shape)}")
+    codes, _, tokens = model.quantise(z)
     start = time.perf_counter()
-    model.decode(model.encode(images))
+    pictures = model.decode(model.encode(images))
     print(f"tiny: {16 / (time.perf_counter() - start):.0f} pictures/s, to tokens and back")
+    for name, value in (("pictures", images), ("unit latents", z), ("nearest codes", codes),
+                        ("tokens", tokens), ("decoded", pictures)):
+        print(f"{name:20}{tuple(value.shape)}")
     with torch.device("meta"):    # no memory, no arithmetic
         networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
-        networks |= {"upsampler x2": Upsampler(2), "upsampler x4": Upsampler(4),
-                     "discriminator at 256": Discriminator(256)}
-    print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsamplers 15M, 30M")
+        networks |= {"upsampler x2": Upsampler(2), "discriminator at 256": Discriminator(256)}
+    print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsampler 15M")
     for name, network in networks.items():
-        print(f"{name:24}{sum(p.numel() for p in network.parameters()):13,}")
+        print(f"{name:20}{sum(p.numel() for p in network.parameters()):13,}")
 
 
 if __name__ == "__main__":
