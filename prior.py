@@ -62,8 +62,8 @@ class PriorConfig:
 PRESETS = {  # Parti Table 1; tiny is for the built-in scenes, mini for a laptop's own pictures
     "tiny": PriorConfig(text_vocab=0, text_length=32, codes=0, grid=8, width=128, heads=8, mlp=512,
                         encoder_layers=2, decoder_layers=4, dropout=0.0),
-    "mini": PriorConfig(text_vocab=0, text_length=64, codes=0, grid=16, width=256, heads=8,
-                        mlp=1_024, encoder_layers=2, decoder_layers=6),
+    "mini": PriorConfig(text_vocab=0, text_length=64, codes=0, grid=16, width=192, heads=6, mlp=768,
+                        encoder_layers=2, decoder_layers=4, dropout=0.0),
     "350m": PriorConfig(),
     "750m": PriorConfig(decoder_layers=36),
     "3b": PriorConfig(width=2_048, heads=32, mlp=8_192, decoder_layers=36),
@@ -756,9 +756,9 @@ def main():
     """Every step on a tiny example, parameter counts against Parti's Table 1, speed."""
     model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
     text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
-    steps = {"text": text, "encoded text": model.encoder(text)[0], "image tokens": tokens,
-             "logits": model(text, tokens), "sampled": model.generate(text, guidance=1.2)}
-    for name, value in steps.items():
+    for name, value in (("text", text), ("encoded text", model.encoder(text)[0]),
+                        ("image tokens", tokens), ("logits", model(text, tokens)),
+                        ("sampled", model.generate(text, guidance=1.2))):
         print(f"{name:15}{tuple(value.shape)}")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
@@ -766,45 +766,44 @@ def main():
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
         print(f"{name:15}{blocks:,} parameters in the blocks (Parti Table 1)")
     if torch.cuda.is_available():
-        speed("cuda", torch.bfloat16, PRESETS["350m"], batch=16)
+        speed("cuda", torch.bfloat16, PRESETS["350m"], 16)
     else:
-        small = {"width": 512, "heads": 8, "mlp": 2_048, "encoder_layers": 4, "decoder_layers": 4}
-        speed("cpu", torch.float32, PriorConfig(grid=16, **small), batch=4)
+        speed("cpu", torch.float32, replace(PRESETS["350m"], grid=16, width=512, mlp=2_048), 4)
 
 
 def speed(device, dtype, config, batch):
     """Attention, training and sampling on this machine, against what it can do."""
     a, big = torch.randn(2_048, 2_048, device=device, dtype=dtype), torch.ones(2**26, device=device)
     rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), big.nbytes / seconds(big.sum)
-    print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, {bandwidth / 1e9:,.1f} GB/s")
+    print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, reads {bandwidth / 1e9:,.1f} GB/s")
     for grid, kernel in ((32, 0), (32, 11), (64, 0), (64, 11)) if device == "cuda" else ():
-        q, k, v = (torch.randn(4, 16, grid**2, 64, device=device, dtype=dtype, requires_grad=True)
-                   for _ in range(3))
+        q = torch.randn(4, 16, grid**2, 64, device=device, dtype=dtype, requires_grad=True)
         i = torch.arange(grid**2, device=device)
-        mask = allowed(i[:, None], i, grid**2, True, kernel, grid)
-        ours = seconds(lambda: attention(q, k, v, True, kernel, grid).backward(v))
+        mask = allowed(i[:, None], i, grid**2, True, kernel, grid) if kernel else None
+        ours = seconds(lambda: attention(q, q, q, True, kernel, grid).backward(q))
         theirs = seconds(lambda: F.scaled_dot_product_attention(
-            q, k, v, mask if kernel else None, is_causal=not kernel).backward(v))
-        print(f"attention forward and backward, {grid**2} tokens, mask "
-              f"{kernel or 'causal'}: {ours * 1e3:.2f} ms, torch {theirs * 1e3:.2f} ms")
-    model = Parti(config).to(device)
-    text = torch.randint(4, 300, (batch, config.text_length), device=device)
-    tokens = torch.randint(config.codes, (batch, config.tokens), device=device)
-    cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-    def train():
-        with cast:
-            logits = model(text, tokens)
-        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-
-    words, codes = model.encoder, [*model.blocks, model.head]
-    spent = seconds(train)
-    print(f"training: {tokens.numel() / spent:,.0f} tokens/s")
+            q, q, q, mask, is_causal=not kernel).backward(q))
+        name = "sparse" if kernel else "causal"
+        print(f"attention forward + backward, {grid**2} tokens, {name}: {ours * 1e3:.2f} ms, "
+              f"torch's {theirs * 1e3:.2f} ms")
+    model, cast = Parti(config).to(device), torch.autocast(device, dtype, enabled=device == "cuda")
+    text = torch.ones(batch, config.text_length, device=device, dtype=torch.int64)
+    tokens = torch.zeros(batch, config.tokens, device=device, dtype=torch.int64)
+    encoder, decoder, head = (sum(p.numel() for p in part.parameters())
+                              for part in (model.encoder.blocks, model.blocks, model.head))
+    spent = seconds(lambda: cast(model)(text, tokens).logsumexp(-1).mean().backward())
+    work = 6 * (encoder * text.numel() + (decoder + head) * tokens.numel())  # attention apart
+    print(f"training, batch {batch}: {tokens.numel() / spent:,.0f} tokens/s, "
+          f"{work / spent / rate:.0%} of the matmul rate")
     for rows in (1, batch):
         with torch.inference_mode(), cast:
             step = CachedDecoder(model.eval(), text[:rows])
-            spent = seconds(lambda: step(config.tokens - 1, tokens[:rows, 0]))
-        weights = ...
+        spent = seconds(torch.inference_mode()(lambda: step(config.tokens - 1, tokens[:rows, 0])))
+        cache = sum(block.text.nbytes + block.past.nbytes for block in step.blocks)
+        # Of a block all is read but the map to keys and values of the text, 1 / 8.
+        read = decoder * 7 / 8 * dtype.itemsize + 4 * head + cache
+        print(f"sampling, batch {rows}: {rows / spent:,.0f} tokens/s, "
+              f"{read / spent / bandwidth:.0%} of reading memory")
 
 
 if __name__ == "__main__":
