@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import data
 import vqgan
-from prior import PRESETS, Adafactor, Block, DualEncoder, Parti, contrastive_loss, hide
+from prior import (PRESETS, Adafactor, Block, DualEncoder, Parti, PriorConfig, contrastive_loss,
+                   hide)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def main():
     rank, world, device, autocast = data.begin(options, config.width)
     path = Path(options.out, options.stage + ".pt")
     saved = vqgan.read(path) if path.exists() and not options.fresh else None
-    source = vqgan.read(options.init) if options.init and not saved else None
+    source = vqgan.read(options.init) if options.init else None
 
     # The tokenizer, the pictures, and the vocabulary, which is the checkpoint's if there is one.
     tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
@@ -147,6 +148,8 @@ def main():
         words = data.train_tokens(train.captions(100_000 if options.data else 2_000),
                                   recipe.pieces)
     text = data.Text(words, config.text_length)
+    if source and source["stage"] == options.stage:
+        config = PriorConfig(**source["config"])    # fine-tuning keeps the sizes
     config = replace(config, text_vocab=text.vocab, codes=tokenizer.config.codes,
                      grid=tokenizer.config.grid)
 
@@ -156,7 +159,7 @@ def main():
         model, loss_of, more = Parti(config), prior_loss, tokenizer
     else:
         model, loss_of, more = DualEncoder(config, size, patch), text_loss, text.vocab
-    if source:
+    if source and not saved:
         start_from(model, source, options.stage)
     model.to(device)
     if options.fsdp:

@@ -185,6 +185,9 @@ def main():
     rank, world, device, autocast = data.begin(options, config.width)
     path = Path(options.out, options.stage.replace("tokenizer", "vqgan") + ".pt")
     saved = vqgan.read(path) if path.exists() and not options.fresh else None
+    source = vqgan.read(options.init) if options.init else None
+    if source and options.stage == "tokenizer":
+        config = vqgan.VQGANConfig(**source["config"])    # fine-tuning keeps the sizes
 
     # The networks; the discriminator judges pictures of the size that comes out.
     torch.manual_seed(recipe.seed)
@@ -200,8 +203,8 @@ def main():
         parts["discriminator_"] = critic, make_optimizer(critic, recipe)
     if recipe.perceptual:
         lpips = vqgan.Perceptual(options.vgg, options.lpips).to(device)
-    if options.init and not saved:
-        model.load_state_dict(vqgan.read(options.init)["model"])
+    if source and not saved:
+        model.load_state_dict(source["model"])
 
     # The data: training pictures, and up to 256 fixed ones that are held out.
     train = data.open_data(options.data, "", size, data.tokenizer_crop, "train", recipe.seed)
