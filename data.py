@@ -658,6 +658,8 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, micro=0, worker
     drop: probability of an empty caption. Each bad picture is named once; raises OSError when
     these are more than half of all, or 100 in a row.
     """
+    if batch % world:
+        raise ValueError(f"--batch {batch}: expected a multiple of the {world} processes")
     share = batch // world
     positions = (range(first + i, first + min(i + (micro or share), share))
                  for first in range(start * batch + rank * share, steps * batch, batch)

@@ -1448,6 +1448,7 @@ def checkpoint(make):
 
 CLASS = {"images/0.png": P, "images/1.png": P}
 REFUSED = [
+    (lambda *_: next(data.batches(data.Scenes(), 9, 0, 0, 1, world=2)), "9 2"),
     (lambda *_: replace(TINY, image_size=60), "60 8"),
     (lambda *_: replace(TINY, heads=3), "128 3"),
     (lambda *_: replace(SMALL, width=100, heads=3), "100 3"),

@@ -204,7 +204,8 @@ def main():
             with torch.no_grad(), autocast:
                 losses = [loss_of(network, *prepare(images, text(captions), device), more)
                           for images, captions in data.batches(
-                              held, 256, recipe.seed, 0, 1, rank, world, recipe.micro)]
+                              held, 256 // world * world, recipe.seed, 0, 1, rank, world,
+                              recipe.micro)]
                 row["held_out"] = data.average(torch.stack(losses).mean()).item()
                 # A sharded model draws nothing here: `generate` does not gather its parameters.
                 if options.stage == "prior" and rank == 0 and not options.fsdp:

@@ -261,7 +261,7 @@ def main():
         lr = data.rate(recipe, step + 1) * (recipe.quantised_rate if quantise else 1)
         norms = [data.update(*part, lr, recipe.clip, skipped) for part in parts.values()]
 
-    # Once in a while: evaluate, log, save.
+        # Once in a while: evaluate, log, save.
         done = step + 1
         row = {"step": done}
         due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
