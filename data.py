@@ -16,7 +16,6 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from functools import lru_cache
-from pathlib import Path
 from posixpath import basename, dirname, join, normpath, splitext    # names of files, on any system
 
 import numpy as np
@@ -85,9 +84,8 @@ class Scenes:
     """
 
     def __init__(self, split="train", size=64, seed=0):
-        if size % GRID or split not in SPLITS:
-            raise ValueError(f"scenes of split {split}, {size} pixels; expected a multiple of "
-                             f"{GRID} and one of {', '.join(SPLITS)}")
+        if size % GRID:
+            raise ValueError(f"scenes of {size} x {size} pixels: expected a multiple of {GRID}")
         self.split, self.size, self.seed, self.bad = split, size, seed, set()
 
     def __len__(self):
@@ -249,17 +247,14 @@ def check(image, caption):
 # 2. Real pictures
 # ---------------------------------------------------------------------------------------------
 
-# Whatever Pillow reads, without what is no picture or needs other programs.
-ENDINGS = tuple(ending for ending, name in Image.registered_extensions().items()
-                if name not in ("PDF", "EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PALM"))
+ENDINGS = tuple(Image.registered_extensions())    # whatever Pillow knows; the rest is named as bad
 # In a list of captions: the keys, or columns, of a picture's path and of its captions.
-PATH = re.compile(r"\s*((file|image)_?(name|path)|image|path)\s*", re.IGNORECASE)
-CAPTION = re.compile(r"\s*(text|caption|prompt)s?(_?\d+)?\s*", re.IGNORECASE)
+PATH = re.compile(r"(file|image)_?(name|path)|image|path", re.IGNORECASE)
+CAPTION = re.compile(r"(text|caption|prompt)s?(_?\d+)?", re.IGNORECASE)
 MAY_BE_LIST = re.compile(r"(?<!LICENSE|.README)\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
-SURPLUS = "more cells than columns"
-LISTS = (".jsonl", ".csv", ".tsv", ".txt")
+LISTS = ".jsonl", ".csv", ".tsv", ".txt"
 EXPECTED = ('rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl, or a .csv with '
-            "the columns file_name,text")
+            "the columns file_name,text, in UTF-8")
 # A file of the data: all of `path`, or of a shard, the `size` bytes from `offset` on.
 File = namedtuple("File", "path offset size", defaults=(0, -1))
 
@@ -270,23 +265,17 @@ def open_image(file, draft=math.inf):
     file: path or binary file object. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 size, the
     smallest with both sides >= draft; several times faster for large photographs.
     EXIF rotation is applied, transparency lies on white, of an animation the first frame counts.
-    White is 65,535 where there are 16 bits, or 4,095 or 255 if no value is above (a camera's 12
-    bits in a TIFF); where there are fractions it is the largest, but at least 1. Raises OSError,
-    whatever is wrong with the file.
+    Where values are no bytes, white is the first of 1, 255, 4,095 (a camera's 12 bits) and 65,535
+    that none exceeds. Raises OSError, whatever is wrong with the file.
     """
     try:
         image = Image.open(file)
         image.draft(None, (draft, draft))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":    # Pillow would clip at 255
-            values = np.asarray(image, np.float32)
-            low, high = min(values.min(), 0), values.max()
-            if not np.isfinite(high - low):
-                raise ValueError("holds values that are not finite")
-            tops = [1] if image.mode == "F" else [255, 4095, 65535]
-            white = min((top for top in tops if top >= high), default=high)
-            values = (values - low) / (white - low) * 255
-            image = Image.fromarray(values.round().astype(np.uint8))
+            values = np.asarray(image, np.float32).clip(0)
+            tops = [top for top in (1, 255, 4095, 65535, values.max()) if top >= values.max()]
+            image = Image.fromarray((values / tops[0] * 255).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -335,36 +324,18 @@ def centre_crop(image, size, rng=None):
     return _crop(image, size, np.random.default_rng(0), lambda slack: slack // 2, (1, 1))
 
 
-def _read(file):
-    """The bytes of a File. Raises OSError if it cannot be read."""
-    content = np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise OSError("a Git-LFS pointer in the place of the file: git lfs pull")
-    return content
-
-
-def _text(file):
-    """What a File says, in UTF-8 or, as spreadsheets write it, in cp1252."""
-    content = _read(file)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
-
-
 def _index(path):
     """{name: File} of all files below a folder or in a .tar, sorted, without hidden ones.
 
     Links are followed, each folder is read once. Shards are read in place: only the offsets of
     their members are kept, so access is random and nothing is unpacked. A shard counts as a folder
-    of its name; what is a link in there gets the ending .link.
+    of its name.
     """
     files, seen, paths = {}, set(), []
     for folder, folders, bases in os.walk(path, followlinks=True):
         folders.sort()
         if os.path.realpath(folder) in seen:    # links may form a loop
-            folders.clear()
-            continue
+            folders[:], bases = [], []
         seen.add(os.path.realpath(folder))
         paths += [os.path.join(folder, base) for base in bases]
     for file in paths or [str(path)]:
@@ -375,61 +346,67 @@ def _index(path):
         try:
             with tarfile.open(file, "r:") as shard:
                 for member in shard:
-                    inner = normpath(name + normpath("/" + member.name))
-                    inner += "" if member.isreg() else ".link"
-                    if not member.isdir():
-                        files[inner] = File(file, member.offset_data, member.size)
+                    inner = normpath(join(name, member.name))
+                    files[inner] = File(file, member.offset_data, member.size)
         except tarfile.TarError as error:
             raise ValueError(f"{file}: {error}; expected a whole .tar, not compressed") from None
     return {name: files[name] for name in sorted(files) if "/." not in "/" + name}
 
 
-def _values(row, keys):
-    """The values, and those in lists, of a row {key: value} whose keys match a pattern."""
-    pairs = row.items() if isinstance(row, dict) else ()
-    found = [value for key, value in pairs if keys.fullmatch(key)]
-    found = sum((value if isinstance(value, list) else [value] for value in found), [])
-    return [str(value) for value in found if value]
+def _read(file):
+    """The bytes of a File. Raises OSError if it cannot be read."""
+    return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
 
 
-def _rows(source, text):
-    """A list of captions -> [(path of a picture, its captions)]; [] if it is none. Raises
-    ValueError for a row that lacks something."""
-    ending = splitext(source)[1].lower()
-    if ending == ".jsonl":
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = json.loads("[" + ",\n".join(lines) + "]")    # an error names the line
-    elif ending == ".json":    # COCO's, or a list of rows
+def _rows(name, text):
+    """A file that may hold captions -> [(path of a picture, its captions)]; [] if it is no list.
+    Raises ValueError or KeyError for a row that lacks something."""
+    if name.endswith(".json"):    # COCO's
         table = json.loads(text)
-        rows = table if isinstance(table, list) else table["annotations"]
-        if rows is not table:
-            names = {image["id"]: image["file_name"] for image in table["images"]}
-            rows = [row | {"path": names.get(row["image_id"], "unknown")} for row in rows]
+        paths = {image["id"]: image["file_name"] for image in table["images"]}
+        return [(paths[row["image_id"]], [row["caption"]]) for row in table["annotations"]]
+    if name.endswith(".jsonl"):
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
-        mark = max(",;\t|", key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark,
-                                   restkey=SURPLUS, skipinitialspace=True))
-    needed = (PATH, CAPTION) if ending == ".txt" else (PATH,)    # a .txt may be anything else
-    if not rows or not all(any(map(keys.fullmatch, rows[0])) for keys in needed):
-        return []
+        comma = max(",;\t", key=text.partition("\n")[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, restkey="surplus")
+    found = []
     for number, row in enumerate(rows, 1):
-        if not (_values(row, PATH) and any(map(CAPTION.fullmatch, row))) or SURPLUS in row:
+        path = [value for key, value in row.items() if PATH.fullmatch(key)]
+        captions = [value for key, value in row.items() if CAPTION.fullmatch(key)]
+        if number == 1 and not path:    # another table
+            return []
+        if not path or not captions or "surplus" in row:
             raise ValueError(f"row {number} has {', '.join(row)}")
-    return [(_values(row, PATH)[0].replace("\\", "/"), _values(row, CAPTION)) for row in rows]
+        found.append((path[0].replace("\\", "/"), captions))
+    return found
 
 
-def _listed(sources, pictures, root):
-    """Lists {name: File} -> {picture: captions}, the set of those that are lists, paths in them
-    that are no picture's. Raises ValueError for what is not clear.
+def _folder(name):
+    """The caption in the name of a picture's folder; numbers and shards, as in 00000, are none."""
+    folder = basename(dirname(name))
+    return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
+
+
+def _captions(files, pictures, root, listed):
+    """-> {picture: captions}, the files that were read for it, and the paths in lists that are no
+    picture's. Raises ValueError for what is not clear.
 
     A row means the picture that its path leads to, or else the one whose path ends like it.
     """
-    texts, used, lost, alike = defaultdict(list), set(), [], defaultdict(list)
+    texts, used, lost, alike, beside = defaultdict(list), set(), [], defaultdict(list), {}
     for name in pictures:
         alike[basename(name)].append(name)
-    for source, file in sources.items():
+        # In a shard, what names have in common ends at the first dot.
+        stem = splitext(name)[0] if files[name].size < 0 else re.match("(.*/)?[^/.]*", name)[0]
+        beside[stem + ".txt"] = basename(name)
+    for source in [listed] if listed else [name for name in files if name.lower().endswith(LISTS)]:
+        text = _read(files[source]).decode("utf-8-sig", "replace")
         try:
-            rows = _rows(source, _text(file))
+            rows = ([(beside[source], text.splitlines())] if source in beside
+                    else _rows(source, text))
+            if rows and "\ufffd" in text:
+                raise ValueError("it is not in UTF-8")
         except Exception as error:    # as many kinds as there are ways to be no list
             raise ValueError(f"{source}: {error}; expected {EXPECTED}") from None
         used |= {source} if rows else set()
@@ -439,82 +416,68 @@ def _listed(sources, pictures, root):
             found = [exact] if exact in found else found
             if len(found) > 1:
                 raise ValueError(f"{source}: {path} may be {' or '.join(found)}; write more of it")
+            lost += [] if found else [path]
             for name in found:
                 texts[name] += captions
-            lost += [] if found else [path]
     return texts, used, lost
-
-
-def _beside(files, pictures):
-    """{picture: captions} from x.txt, each line one, or else x.json beside x.png, and the set of
-    these files. In a shard, what their names have in common ends at the first dot."""
-    texts, used = {}, set()
-    for name in pictures:
-        stem = splitext(name)[0] if files[name].size < 0 else re.match("(.*/)?[^/.]*", name)[0]
-        if stem + ".txt" in files:
-            texts[name] = _text(files[stem + ".txt"]).splitlines()
-        elif stem + ".json" in files:
-            texts[name] = _values(json.loads(_text(files[stem + ".json"])), CAPTION)
-        used |= {stem + ".txt", stem + ".json"}
-    return texts, used & files.keys()
 
 
 class Pictures:
     """A folder or .tar shards of pictures: sample(index, rng), captions(n), len(), summary().
 
-    Captions come from the first of these that there is: `captions`, a list or COCO captions JSON;
-    any .jsonl, .csv, .tsv or .txt whose rows name pictures (as Hugging Face's ImageFolder, or
-    Flickr8k); x.txt, each line a caption, or x.json beside x.png; the name of the picture's
-    folder. Pictures that a list does not name are left out.
+    Captions come from `captions`, a list or COCO captions JSON; else from all .jsonl, .csv, .tsv
+    and .txt whose rows name pictures (as Hugging Face's ImageFolder, or Flickr8k) and from x.txt,
+    each line a caption, beside x.png; pictures that none of these names are then left out. Else
+    the name of a picture's folder is its caption.
 
     split: "train"; "held-out", the 2 % of pictures whose names' hash says so; "all". Raises
     SystemExit if there is no picture, or if a list lies there that cannot be read while all
-    captions would be the same; ValueError if a list or a shard is not as described.
+    captions would be the same; ValueError if a list is not as described.
     """
 
     def __init__(self, path, captions="", size=256, crop=tokenizer_crop, split="train"):
         self.size, self.crop, self.bad, self.files = size, crop, set(), _index(path)
         pictures = [name for name in self.files if name.lower().endswith(ENDINGS)]
-        lists = {name: file for name, file in self.files.items() if name.lower().endswith(LISTS)}
-        if captions:
-            lists = {os.path.relpath(captions, path).replace(os.sep, "/"): File(captions)}
-        texts, used, lost = _listed(lists, pictures, os.path.abspath(path).replace(os.sep, "/"))
-        if pictures and (captions or lost) and not texts:
-            raise ValueError(f"{captions or min(used)}: no row names a picture, such as "
-                             f"{pictures[0]}; one names {lost[:1]}; expected {EXPECTED}")
-        if not texts:
-            texts, used = _beside(self.files, pictures)
-            texts = {name: texts.get(name, []) if texts else [_folder(name)] for name in pictures}
-        self.texts = {name: [" ".join(clean(text).split()) for text in texts[name] if text.strip()]
-                      or [""] for name in texts}
+        listed = captions and os.path.relpath(captions, path).replace(os.sep, "/")
+        files = self.files | ({listed: File(captions)} if captions else {})
+        root = os.path.abspath(path).replace(os.sep, "/")
+        texts, used, lost = _captions(files, pictures, root, listed)
+        if pictures and lost and not texts:
+            raise ValueError(f"{min(used)}: no row names a picture, such as {pictures[0]}; one "
+                             f"names {lost[0]}; expected {EXPECTED}")
+        texts = texts or {name: [_folder(name)] for name in pictures}
+        for name, found in texts.items():
+            lines = [" ".join(clean(text).split()) for text in found if text]
+            texts[name] = [line for line in lines if line] or [""]
+        self.texts = texts
         held = {name for name in texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
         chosen = {"train": texts.keys() - held, "held-out": held, "all": texts}[split]
         self.names = sorted(chosen or texts)    # too few cannot be split
 
-        rest = sorted(self.files.keys() - used - set(pictures))
-        unread = Counter(splitext(name)[1].lower() or basename(name) for name in rest)
-        words = sorted({text for texts in self.texts.values() for text in texts} - {""})
-        self.line = (
+        unread = sorted(self.files.keys() - used - set(pictures))
+        endings = Counter(splitext(name)[1].lower() or basename(name) for name in unread)
+        words = {text for found in self.texts.values() for text in found} - {""}
+        self.line = clean(
             f"{path}: {len(texts)} pictures of {len(self.files)} files; {len(words)} captions, such"
-            f" as {words[:1]}, from {', '.join(sorted(used)[:2]) or 'names of folders'}; without "
-            f"caption {sum(texts == [''] for texts in self.texts.values())}, in no list "
+            f" as {min(words, default='')!r}, from {min(used, default='names of folders')}; without"
+            f" caption {sum(found == [''] for found in self.texts.values())}, in no list "
             f"{len(pictures) - len(texts)}, rows without picture {len(lost)} {lost[:1]}; not read: "
-            f"{', '.join(f'{ending} {n}' for ending, n in unread.items()) or 'nothing'}")
+            f"{dict(endings) or 'nothing'}")
         if not pictures:
             raise SystemExit(f"--data {self.line}; expected a folder, or shards as plain .tar, not "
                              ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
-        stray = [name for name in rest if MAY_BE_LIST.search("/" + name)]
+        stray = [name for name in unread if MAY_BE_LIST.search("/" + name)]
         if len(words) == 1 and stray and not used:
-            raise SystemExit(f"--data {path}: every caption would be the folder's name, "
-                             f"{words[0]!r}, since {stray[0]} is not read; it needs {EXPECTED}; or "
-                             "give COCO's file by --captions; or keep what is no list elsewhere")
+            raise SystemExit(f"--data {path}: every caption would be the folder's name, {words}, "
+                             f"since {stray[0]} is not read; it needs {EXPECTED}; or give COCO's "
+                             "file by --captions; or keep what is no list elsewhere")
 
     def __len__(self):
         return len(self.names)
 
     def summary(self):
         """What was read and what was not, in one line."""
-        return clean(self.line)
+        return self.line
 
     def sample(self, index, rng):
         """-> uint8 (size, size, 3), caption. Raises OSError for a file that is bad or gone."""
@@ -531,26 +494,16 @@ class Pictures:
         return [captions[i * len(captions) // n] for i in range(n)]
 
 
-def _folder(name):
-    """The caption in the name of a picture's folder; numbers and shards, as in 00000, are none."""
-    folder = basename(dirname(name))
-    return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
-
-
 def open_data(path, captions="", size=256, crop=tokenizer_crop, split="train", seed=0):
     """The data of --data and --captions: built-in scenes if path is empty, else Pictures."""
-    if captions and not path:
-        raise ValueError(f"--captions {captions} needs --data, the folder of its pictures")
     if path:
         return Pictures(path, captions, size, crop, split)
     return Scenes("seen" if split == "held-out" else split, size, seed)
 
 
 def save_grid(path, rows, labels=None):
-    """Write rows of pictures (n,3,H,W) in [0,1] as one PNG, each row above its label, if any.
-
-    Small pictures are shown enlarged, pixel by pixel. The file appears whole or not at all.
-    """
+    """Write rows of pictures (n,3,H,W) in [0,1] as one PNG, each row above its label, if any. Small
+    pictures are shown enlarged, pixel by pixel."""
     height, width = rows[0].shape[2:]
     zoom, foot = max(1, 128 // width), 18 if labels else 0
     across, down = zoom * width + 4, zoom * height + 4 + foot
@@ -561,8 +514,7 @@ def save_grid(path, rows, labels=None):
             sheet.paste(tile, (x * across + 2, y * down + 2))
         if labels:
             ImageDraw.Draw(sheet).text((3, (y + 1) * down - foot), labels[y], "black")
-    sheet.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -595,23 +547,22 @@ def train_tokens(captions, pieces=16_000):
 class Text:
     """list[str] -> (B,T) int64: token ids, EOS, then padding 0. "" is padding alone: no condition.
 
-    model: the bytes of `train_tokens`. `vocab` is the number of ids; `truncated` counts the
-    captions that were cut to T = length tokens (Parti §2.2: 128), which is said now and then.
+    model: the bytes of `train_tokens`. `vocab` is the number of ids. Captions are cut to T = length
+    tokens (Parti §2.2: 128), of which the first one is shown.
     """
 
     def __init__(self, model, length=128):
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.length, self.vocab, self.truncated = length, self.pieces.vocab_size(), 0
+        self.length, self.vocab, self.warned = length, self.pieces.vocab_size(), False
 
     def __call__(self, captions):
         ids = torch.full((len(captions), self.length), PAD)                 # (B,T)
         for row, caption, tokens in zip(ids, captions, self.pieces.encode(list(captions))):
             kept = tokens[: self.length - 1] + [EOS] if tokens else []
             row[: len(kept)] = torch.tensor(kept)
-            if len(tokens) >= self.length:
-                self.truncated += 1
-                if math.log10(self.truncated).is_integer():    # the 1st, 10th, 100th ...
-                    say(f"long texts cut, so far: {self.truncated}, such as {caption[:60]!r}")
+            if len(tokens) >= self.length and not self.warned:
+                say(f"texts are cut to {self.length} tokens, the first one: {caption[:60]!r}")
+                self.warned = True
         return ids
 
 
@@ -666,8 +617,7 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, micro=0, worker
                  for i in range(0, share, micro or share))
     loader = torch.utils.data.DataLoader(
         Stream(dataset, seed, drop), batch_sampler=positions, num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator())    # its own: loading must not disturb torch's random state
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator())   # leaves torch's alone
     for images, captions, bad in loader:
         for line in {*"".join(bad).splitlines()} - dataset.bad:
             dataset.bad.add(line)
@@ -717,7 +667,7 @@ class Recipe:
 EARLY = 10, 100, 400    # steps after which one wants a first look
 
 
-def parse(description, options, presets, recipes, large, derived=(), argv=None):
+def parse(description, options, presets, recipes, large, derived=()):
     """Command line -> options, config, recipe: dataclasses, one option for each of their fields.
 
     presets: {name: config}; recipes: {stage: {name: recipe}}. Unless --preset names one it is tiny
@@ -735,19 +685,16 @@ def parse(description, options, presets, recipes, large, derived=(), argv=None):
                 how = {"type": int, "nargs": "*"}
             if name not in derived:
                 parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args())
     gpu = pick(given.get("device", "auto"))[0].type == "cuda"
     usual = "tiny" if not given.get("data") else large if gpu else "mini"
-    preset = given.setdefault("preset", usual)
-    stage = given.setdefault("stage", options.stage)
+    preset, stage = given.setdefault("preset", usual), given.get("stage", options.stage)
     if preset not in presets or stage not in recipes:
-        parser.error(f"--preset {preset} --stage {stage}: expected one of {', '.join(presets)}; "
-                     f"one of {', '.join(recipes)}")
+        parser.error(f"--preset {preset} --stage {stage}: expected {[*presets]}, {[*recipes]}")
     recipe = recipes[stage][preset]
     given.setdefault("micro", recipe.micro or (16 if gpu else 4))
     if gpu:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        given.setdefault("workers", min(8, cores))
+        given.setdefault("workers", min(8, os.cpu_count()))
     return [dataclasses.replace(part, **{name: given[name] for name in vars(part) if name in given})
             for part in (options, presets[preset], recipe)]
 
@@ -756,21 +703,20 @@ def pick(device="auto", dtype="auto", width=0):
     """--device and --dtype -> (torch.device, torch.dtype): the fastest correct choice.
 
     width: of the matrices. On a CPU bfloat16 pays for wide ones alone, and only where the processor
-    has instructions for it. Raises ValueError for a device that is not there.
+    has instructions for it. Raises RuntimeError for a device that torch does not know.
     """
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    name = (here + ["cpu"])[0] if device == "auto" else device
-    if name not in here + ["cpu"] or dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--device {device} --dtype {dtype}: expected auto, {' '.join(here)} cpu; "
-                         "auto, float32 or bfloat16")
-    if name == "cuda":
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else device
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))    # a GPU a process
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = name == "cpu" and width >= 512 and (
+        fast = device == "cpu" and width >= 512 and (
             torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    short = dtype == "bfloat16" or dtype == "auto" and fast
-    return torch.device(name), torch.bfloat16 if short else torch.float32
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
 
 
 def begin(options, width):
@@ -784,7 +730,7 @@ def begin(options, width):
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    os.makedirs(options.out, exist_ok=True)
     if options.wandb and rank == 0:
         import wandb
         wandb.init(project="parti", name=options.stage, dir=options.out)
@@ -808,14 +754,6 @@ def parallel(network, world, compile=False):
     return network
 
 
-def share_gradients(network, now):
-    """Whether the next backward pass exchanges gradients: only the last part of a batch does."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
-        network.require_backward_grad_sync = now
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
-
-
 def rate(recipe, step):
     """The learning rate of update `step`, counted from 1: linear warm-up, flat to decay_from, then
     "cosine" (ViT-VQGAN §5.1), "exponential" (Parti §3) or "linear" down to final * lr at the end.
@@ -824,12 +762,12 @@ def rate(recipe, step):
         return recipe.lr * step / recipe.warmup
     begin = max(recipe.warmup, recipe.decay_from)
     progress = min(max(step - begin, 0) / max(recipe.steps - begin, 1), 1.0)
-    if recipe.schedule == "exponential":
-        return recipe.lr * recipe.final ** progress
-    if recipe.schedule not in ("cosine", "linear"):
-        raise ValueError(f"--schedule {recipe.schedule}: expected cosine, exponential or linear")
-    down = (1 - math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else progress
-    return recipe.lr * (1 - down * (1 - recipe.final))
+    factors = {"cosine": (1 + recipe.final + (1 - recipe.final) * math.cos(math.pi * progress)) / 2,
+               "linear": 1 - progress * (1 - recipe.final),
+               "exponential": recipe.final ** progress}
+    if recipe.schedule not in factors:
+        raise ValueError(f"--schedule {recipe.schedule}: expected {', '.join(factors)}")
+    return recipe.lr * factors[recipe.schedule]
 
 
 def update(network, optimizer, lr, clip, skipped):
@@ -840,14 +778,15 @@ def update(network, optimizer, lr, clip, skipped):
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    finite = math.isfinite(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if finite:
+    if math.isfinite(norm):
         optimizer.step()
+        skipped["in_a_row"] = 0
+    else:
+        skipped["total"] += 1
+        skipped["in_a_row"] += 1
     optimizer.zero_grad()
-    skipped["total"] += not finite
-    skipped["in_a_row"] = 0 if finite else skipped["in_a_row"] + 1
     if skipped["in_a_row"] == 20:
         raise RuntimeError("20 steps in a row were not finite and changed nothing: lower --lr, or "
                            "--dtype float32; the same command continues from the last checkpoint")
@@ -859,7 +798,7 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)    # sharde
 
 def identity(options):
     """What a run is, beside its sizes: a checkpoint of another one is not continued."""
-    folder = options.data and str(Path(options.data).absolute())
+    folder = options.data and os.path.abspath(options.data)
     return {"stage": options.stage, "data": folder, "init": options.init}
 
 
@@ -871,7 +810,7 @@ def save(path, content, parts):
     for prefix, part in parts.items():
         states = dcp.get_state_dict(*part, options=WHOLE)
         content[prefix + "model"], content[prefix + "optimizer"] = states
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if int(os.environ.get("RANK", "0")) > 0:
         return
     with open(f"{path}.tmp", "wb") as file:
         torch.save(content, file)
@@ -889,36 +828,33 @@ def resume(path, saved, content, parts):
     done, skipped = 0, {"total": 0, "in_a_row": 0}
     if saved:
         there, here = saved.get("made_for", {}), content["made_for"]
-        wrong = [f"{name}: {there.get(name)} there, {value} here" for name, value in here.items()
-                 if there.get(name) != value]
+        wrong = [f"{name}: {there.get(name)} there, {here[name]} here" for name in here
+                 if there.get(name) != here[name]]
         if wrong:
             raise SystemExit(f"{path} is another run's ({'; '.join(wrong)}): give this one its own "
                              "--out, or start over with --fresh")
         for prefix, part in parts.items():
             dcp.set_state_dict(*part, model_state_dict=saved[prefix + "model"],
                                optim_state_dict=saved[prefix + "optimizer"], options=WHOLE)
-        done, skipped = saved["step"], saved["skipped"]
-        steps = content["recipe"]["steps"]
+        done, skipped, steps = saved["step"], saved["skipped"], content["recipe"]["steps"]
         how = "continuing" if done < steps else "finished; more --steps go on, --fresh starts over"
         say(f"{path}: step {done} of {steps}, {how}")
     # What was logged after the checkpoint will be done, and logged, again.
     log = path.with_suffix(".csv")
     if log.exists() and int(os.environ.get("RANK", "0")) == 0:
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = log.read_text().splitlines(keepends=True)
         kept = [line for line in lines[1:] if line[-1] == "\n" and int(line.split(",")[0]) <= done]
-        log.write_text("".join(lines[:1] + kept if kept else []), encoding="utf-8")
+        log.write_text("".join(lines[:1] + kept))
+        if not kept:
+            log.unlink()    # a new log may have other columns
     return done, skipped
 
 
 def log(path, row, wandb=False):
-    """Append {column: number} to a CSV file; its first row has all columns."""
-    new = not path.exists() or not path.stat().st_size
-    with open(path, "a+", encoding="utf-8", newline="") as file:
-        file.seek(0)
-        columns = list(row) if new else file.readline().strip().split(",")
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Append {column: number} to a CSV file; the keys of the first row are its columns."""
+    if not path.exists():
+        path.write_text(",".join(row) + "\n")
+    with open(path, "a") as file:
+        file.write(",".join(map(str, row.values())) + "\n")
     if wandb:
         sys.modules["wandb"].log(row)

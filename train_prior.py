@@ -187,7 +187,6 @@ def main():
         total, done = 0.0, 0
         for images, captions in islice(stream, math.ceil(share / recipe.micro)):
             weight, done = len(images) / share, done + len(images)
-            data.share_gradients(network, done == share)
             with autocast:
                 loss = loss_of(network, *prepare(images, text(captions), device), more)
             (weight * loss).backward()

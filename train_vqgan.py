@@ -241,8 +241,6 @@ def main():
         for images, _ in islice(stream, math.ceil(share / recipe.micro)):
             images = images.to(device, non_blocking=True) / 255
             weight, done = len(images) / share, done + len(images)
-            data.share_gradients(net, done == share)
-            data.share_gradients(judge, done == share)
 
             # The generator reconstructs, and wants to be taken for real.
             with autocast:
