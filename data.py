@@ -253,8 +253,7 @@ PATH = re.compile(r"(file|image)_?(name|path)|image|path", re.IGNORECASE)
 CAPTION = re.compile(r"(text|caption|prompt)s?(_?\d+)?", re.IGNORECASE)
 MAY_BE_LIST = re.compile(r"(?<!LICENSE|.README)\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
 LISTS = ".jsonl", ".csv", ".tsv", ".txt"
-EXPECTED = ('rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl, or a .csv with '
-            "the columns file_name,text, in UTF-8")
+EXPECTED = 'rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl or .csv, in UTF-8'
 # A file of the data: all of `path`, or of a shard, the `size` bytes from `offset` on.
 File = namedtuple("File", "path offset size", defaults=(0, -1))
 
@@ -388,9 +387,9 @@ def _folder(name):
     return "" if re.fullmatch(r"(?i)[\W\d_]*|.*\.tar", folder) else folder.replace("_", " ")
 
 
-def _captions(files, pictures, root, listed):
-    """-> {picture: captions}, the files that were read for it, and the paths in lists that are no
-    picture's. Raises ValueError for what is not clear.
+def _captions(files, pictures, lists):
+    """-> {picture: captions}, the files that these were read from, and the paths in lists that are
+    no picture's. Raises ValueError for what is not clear.
 
     A row means the picture that its path leads to, or else the one whose path ends like it.
     """
@@ -400,23 +399,26 @@ def _captions(files, pictures, root, listed):
         # In a shard, what names have in common ends at the first dot.
         stem = splitext(name)[0] if files[name].size < 0 else re.match("(.*/)?[^/.]*", name)[0]
         beside[stem + ".txt"] = basename(name)
-    for source in [listed] if listed else [name for name in files if name.lower().endswith(LISTS)]:
-        text = _read(files[source]).decode("utf-8-sig", "replace")
+    for source, file in lists.items():
+        text = _read(file).decode("utf-8-sig", "replace")
         try:
-            rows = ([(beside[source], text.splitlines())] if source in beside
-                    else _rows(source, text))
+            one = source in beside and [(beside[source], text.splitlines())]
+            rows = one or _rows(source, text)
             if rows and "\ufffd" in text:
                 raise ValueError("it is not in UTF-8")
         except Exception as error:    # as many kinds as there are ways to be no list
             raise ValueError(f"{source}: {error}; expected {EXPECTED}") from None
-        used |= {source} if rows else set()
+        if rows:
+            used.add(source)
         for path, captions in rows:
-            exact, end = normpath(join(dirname(source), path)), "/" + path.lstrip("./")
-            found = [name for name in alike[basename(path)] if f"{root}/{name}".endswith(end)]
-            found = [exact] if exact in found else found
+            exact = normpath(join(dirname(source), path))
+            found = [name for name in alike[basename(path)] if f"/{name}".endswith(f"/{path}")]
+            if exact in alike[basename(path)]:
+                found = [exact]
             if len(found) > 1:
                 raise ValueError(f"{source}: {path} may be {' or '.join(found)}; write more of it")
-            lost += [] if found else [path]
+            if not found:
+                lost.append(path)
             for name in found:
                 texts[name] += captions
     return texts, used, lost
@@ -438,39 +440,42 @@ class Pictures:
     def __init__(self, path, captions="", size=256, crop=tokenizer_crop, split="train"):
         self.size, self.crop, self.bad, self.files = size, crop, set(), _index(path)
         pictures = [name for name in self.files if name.lower().endswith(ENDINGS)]
-        listed = captions and os.path.relpath(captions, path).replace(os.sep, "/")
-        files = self.files | ({listed: File(captions)} if captions else {})
-        root = os.path.abspath(path).replace(os.sep, "/")
-        texts, used, lost = _captions(files, pictures, root, listed)
+        lists = {name: file for name, file in self.files.items() if name.lower().endswith(LISTS)}
+        if captions:
+            lists = {os.path.relpath(captions, path).replace(os.sep, "/"): File(captions)}
+        texts, used, lost = _captions(self.files, pictures, lists)
         if pictures and lost and not texts:
-            raise ValueError(f"{min(used)}: no row names a picture, such as {pictures[0]}; one "
-                             f"names {lost[0]}; expected {EXPECTED}")
-        texts = texts or {name: [_folder(name)] for name in pictures}
-        for name, found in texts.items():
-            lines = [" ".join(clean(text).split()) for text in found if text]
-            texts[name] = [line for line in lines if line] or [""]
-        self.texts = texts
-        held = {name for name in texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
-        chosen = {"train": texts.keys() - held, "held-out": held, "all": texts}[split]
-        self.names = sorted(chosen or texts)    # too few cannot be split
+            raise ValueError(f"{min(used)} names {lost[0]}, but no picture, such as {pictures[0]}; "
+                             f"expected {EXPECTED}")
+        self.texts = texts or {name: [_folder(name)] for name in pictures}
+        for name, lines in self.texts.items():
+            lines = [" ".join(clean(line).split()) for line in lines if line]
+            self.texts[name] = [line for line in lines if line] or [""]
+        held = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
+        chosen = {"train": self.texts.keys() - held, "held-out": held, "all": self.texts}[split]
+        self.names = sorted(chosen or self.texts)    # too few cannot be split
+        self.line = self._describe(path, pictures, used, lost)
 
+    def _describe(self, path, pictures, used, lost):
+        """-> one line of what was read and what was not. Refuses what cannot be meant."""
         unread = sorted(self.files.keys() - used - set(pictures))
         endings = Counter(splitext(name)[1].lower() or basename(name) for name in unread)
-        words = {text for found in self.texts.values() for text in found} - {""}
-        self.line = clean(
-            f"{path}: {len(texts)} pictures of {len(self.files)} files; {len(words)} captions, such"
-            f" as {min(words, default='')!r}, from {min(used, default='names of folders')}; without"
-            f" caption {sum(found == [''] for found in self.texts.values())}, in no list "
-            f"{len(pictures) - len(texts)}, rows without picture {len(lost)} {lost[:1]}; not read: "
-            f"{dict(endings) or 'nothing'}")
+        words = {line for lines in self.texts.values() for line in lines} - {""}
+        bare = sum(lines == [""] for lines in self.texts.values())
+        line = clean(f"{path}: {len(self.texts)} pictures of {len(self.files)} files; {len(words)} "
+                     f"captions, such as {min(words, default='')!r}, from "
+                     f"{min(used, default='names of folders')}; without caption {bare}, in no list "
+                     f"{len(pictures) - len(self.texts)}, rows without picture {len(lost)} "
+                     f"{lost[:1]}; not read: {dict(endings)}")
         if not pictures:
-            raise SystemExit(f"--data {self.line}; expected a folder, or shards as plain .tar, not "
+            raise SystemExit(f"--data {line}; expected a folder, or shards as plain .tar, not "
                              ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
         stray = [name for name in unread if MAY_BE_LIST.search("/" + name)]
         if len(words) == 1 and stray and not used:
-            raise SystemExit(f"--data {path}: every caption would be the folder's name, {words}, "
-                             f"since {stray[0]} is not read; it needs {EXPECTED}; or give COCO's "
-                             "file by --captions; or keep what is no list elsewhere")
+            raise SystemExit(f"--data {path}: each caption would be the folder's name, {words}, as "
+                             f"{stray[0]} is not read: expected {EXPECTED}, COCO's file by "
+                             "--captions, or what is no list elsewhere")
+        return line
 
     def __len__(self):
         return len(self.names)
@@ -705,18 +710,16 @@ def pick(device="auto", dtype="auto", width=0):
     width: of the matrices. On a CPU bfloat16 pays for wide ones alone, and only where the processor
     has instructions for it. Raises RuntimeError for a device that torch does not know.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if torch.backends.mps.is_available() else device
-    if device == "cuda":
+    here = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(here if device == "auto" else device)
+    fast = device.type == "cpu" and width >= 512 and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))    # a GPU a process
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device == "cpu" and width >= 512 and (
-            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    return torch.device(device), getattr(torch, dtype)
+    return device, getattr(torch, dtype)
 
 
 def begin(options, width):
@@ -725,8 +728,8 @@ def begin(options, width):
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device, dtype = pick(options.device, options.dtype, width)
     if device.type == "cpu" and (torch.version.cuda or shutil.which("nvidia-smi")):
-        say("no GPU is used: torch cannot reach it; most likely its driver is older than torch's "
-            f"CUDA {torch.version.cuda} (compare nvidia-smi), or torch is a build for CPUs")
+        say("no GPU is used, as torch reaches none: compare its driver's CUDA, which nvidia-smi "
+            f"shows, with torch's, {torch.version.cuda} (None: a build for CPUs)")
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
