@@ -599,7 +599,7 @@ def test_f39_perceptual_is_lpips_on_vgg16(lpips_files):
     distance = perceptual(a, b)
     assert torch.allclose(distance, total.mean(), rtol=1e-4) and perceptual(a, a) == 0
     assert torch.autograd.grad(distance, b)[0].norm() > 0
-    assert not any(p.requires_grad for p in perceptual.parameters()), "VGG must be frozen"
+    assert not [*perceptual.parameters()], "VGG must be frozen"
 
 
 # --- discriminator and upsampler
