@@ -39,11 +39,10 @@ class VQGANConfig:
     public: bool = False        # the network of public checkpoints, see convert_public
 
     def __post_init__(self):
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of {self.patch}")
         for width, _, heads, _ in self.towers:
-            if width % heads:
-                raise ValueError(f"width {width} is not a multiple of heads {heads}")
+            if self.image_size % self.patch or width % heads:
+                raise ValueError(f"expected image_size {self.image_size} to be a multiple of patch "
+                                 f"{self.patch}, and width {width} of heads {heads}")
 
     @property
     def grid(self):
