@@ -368,6 +368,7 @@ def leaky(x):
     return F.leaky_relu(x, 0.2) * 2 ** 0.5
 
 
+# Resolutions of the discriminator, from the largest picture's to that of its last map.
 SIDES = 1024, 512, 256, 128, 64, 32, 16, 8, 4
 
 
