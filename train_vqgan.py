@@ -13,9 +13,7 @@ same command again continues. decoder.pt is a whole tokenizer with the token ids
 """
 import math
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,8 +75,8 @@ class Mosaics(data.Scenes):
         super().__init__(scenes.split, scenes.size, scenes.seed)
         self.patch, self.share = patch, recipe.mosaic
         self.all_before = recipe.autoencoder * recipe.batch                # position in the stream
-        pictures = torch.stack([torch.from_numpy(scenes.sample(i)[0]) for i in range(4096)])
-        patches = vqgan.patchify(pictures.permute(0, 3, 1, 2), patch)      # (4096, N, 3 * p * p)
+        [(pictures, _)] = data.batches(scenes, 4096, scenes.seed, 0, 1)    # (4096, 3, S, S)
+        patches = vqgan.patchify(pictures, patch)                          # (4096, N, 3 * p * p)
         self.patches = patches.flatten(0, 1).unique(dim=0)                 # (M, 3 * p * p)
 
     def sample(self, index, rng):
@@ -87,20 +85,20 @@ class Mosaics(data.Scenes):
             return super().sample(index)
         places = rng.integers(len(self.patches), size=(1, (self.size // self.patch) ** 2))
         picture = vqgan.unpatchify(self.patches[places], self.patch)       # (1, 3, S, S)
-        return picture[0].permute(1, 2, 0).numpy(), ""
+        return data.pixels(picture[0]), ""
 
 
 def build(options, recipe, config):
-    """-> the network that --stage trains, its config as a dict, the frozen tokenizer or None."""
+    """-> the network that --stage trains, its config as a dict, and the tokenizer that makes its
+    tokens: itself, or the frozen one whose pictures the upsampler enlarges."""
     if options.stage == "tokenizer":
-        config = replace(config, logit_laplace=recipe.laplace > 0)         # a loss of its own maps
-        return vqgan.VQGAN(config), asdict(config), None
+        model = vqgan.VQGAN(replace(config, logit_laplace=recipe.laplace > 0))    # maps of its own
+        return model, vars(model.config), model
     tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
     if options.stage == "decoder":
-        config = vqgan.larger_decoder(tokenizer.config)
-        model = vqgan.VQGAN(config)
+        model = vqgan.VQGAN(vqgan.larger_decoder(tokenizer.config))
         model.encoder, model.codebook = tokenizer.encoder, tokenizer.codebook    # stay frozen
-        return model, asdict(config), None
+        return model, vars(model.config), model
     larger = Path(options.out, "decoder.pt")    # what sample.py will enlarge the pictures of
     if larger.exists():
         tokenizer = vqgan.load(larger).requires_grad_(False)
@@ -109,13 +107,14 @@ def build(options, recipe, config):
 
 
 def predict(net, images, tokenizer, quantise):
-    """Pictures (B, 3, H, W) -> decoder's maps, codebook loss, tokens. With a frozen tokenizer, net
-    is the upsampler and sees its reconstructions of the reduced pictures (Parti Fig. 4)."""
-    if tokenizer is None:
+    """Pictures (B, 3, H, W) -> decoder's maps, codebook loss, tokens. Larger ones than the
+    tokenizer's are for the upsampler: net sees what the tokenizer makes of them at its own size
+    (Parti Fig. 4)."""
+    size = tokenizer.config.image_size
+    if images.shape[-1] == size:
         return net(images, quantise, raw=True)
     with torch.no_grad():
-        small = F.interpolate(images, tokenizer.config.image_size, mode="nearest")
-        tokens = tokenizer.encode(small)
+        tokens = tokenizer.encode(F.interpolate(images, size, mode="nearest"))
         small = tokenizer.decode(tokens).clamp(0, 1)
     return net(small), images.new_zeros(()), tokens
 
@@ -140,11 +139,11 @@ def generator_step(maps, codebook_loss, images, critic, lpips, recipe):
             "perceptual": perceptual, "adversarial": adversarial}
 
 
-def discriminator_step(critic, images, fakes, recipe, penalised):
-    """Pictures and reconstructions without gradient -> {"critic": loss, and the mean scores}.
-    penalised: add the lazy gradient penalty (StyleGAN2)."""
+def discriminator_step(critic, maps, images, recipe, penalised):
+    """What the generator emitted for images, of which it learns nothing here -> {"critic": loss,
+    and the mean scores}. penalised: add the lazy gradient penalty (StyleGAN2)."""
     images = images.clone().requires_grad_(penalised)
-    real, fake = critic(images), critic(fakes)
+    real, fake = critic(images), critic(vqgan.view(maps).detach())
     loss = vqgan.discriminator_loss(real, fake)
     if penalised:
         loss = loss + vqgan.r1_penalty(real, images, recipe.r1)
@@ -167,17 +166,18 @@ def start_codebook(model, dataset, seed, device):
 
 
 @torch.no_grad()
-def evaluate(net, images, captions, path, codes, tokenizer, quantise):
+def evaluate(net, images, captions, tokenizer, quantise, path):
     """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes,
     which have captions, also the share that still shows them. Draws originals above
     reconstructions."""
     results = [predict(net, part, tokenizer, quantise) for part in images.split(16)]
-    pictures = torch.cat([vqgan.view(maps) for maps, _, _ in results]).clamp(0, 1)
-    usage, perplexity = vqgan.codebook_usage(torch.cat([tokens for *_, tokens in results]), codes)
+    maps, _, tokens = zip(*results)
+    pictures = vqgan.view(torch.cat(maps)).clamp(0, 1)
+    usage, perplexity = vqgan.codebook_usage(torch.cat(tokens), tokenizer.config.codes)
     data.save_grid(path, [images[:8], pictures[:8]], ["originals", "reconstructions"])
     right = [data.check(*pair) for pair in zip(pictures, captions)]
     return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
-            "perplexity": perplexity, "right": sum(right) / len(right) if right else None}
+            "perplexity": perplexity, "right": sum(right) / len(right) if right else ""}
 
 
 def main():
@@ -193,19 +193,19 @@ def main():
     # The networks; the discriminator judges pictures of the size that comes out.
     torch.manual_seed(recipe.seed)
     model, sizes, tokenizer = build(options, recipe, config)
+    tokenizer.to(device)
     model.to(device)
-    if tokenizer:
-        tokenizer.to(device)
-    config = (tokenizer or model).config
-    size = config.image_size * (options.scale if tokenizer else 1)
-    parts, critic, lpips = {"": (model, make_optimizer(model, recipe))}, None, None
+    if source and not saved:
+        model.load_state_dict(source["model"])
+    parts = {"": (model, make_optimizer(model, recipe))}
+    size = tokenizer.config.image_size * sizes.get("scale", 1)
+    critic = judge = lpips = None
     if recipe.adversarial:
         critic = vqgan.Discriminator(size, recipe.channels).to(device)
         parts["discriminator_"] = critic, make_optimizer(critic, recipe)
+        judge = data.parallel(critic, world)
     if recipe.perceptual:
         lpips = vqgan.Perceptual(options.vgg, options.lpips).to(device)
-    if source and not saved:
-        model.load_state_dict(source["model"])
 
     # The data: training pictures, and up to 256 fixed ones that are held out.
     train = data.open_data(options.data, "", size, data.tokenizer_crop, "train", recipe.seed)
@@ -213,22 +213,20 @@ def main():
     [(held, captions)] = data.batches(held, min(256, len(held)), 0, 0, 1)
     held = held.to(device) / 255
     data.say(train.summary())
-    if recipe.mosaic and not options.data and not tokenizer:
-        train = Mosaics(train, config.patch, recipe)
+    if recipe.mosaic and not options.data and model is tokenizer:
+        train = Mosaics(train, tokenizer.config.patch, recipe)
 
     # Where it stood, if it was begun before.
-    fingerprint = 0 if options.stage == "tokenizer" else (tokenizer or model).fingerprint()
     made_for = sizes | data.identity(options) | {
-        "fingerprint": fingerprint, "autoencoder": recipe.autoencoder,
-        "adversarial": recipe.adversarial > 0}
-    content = {"config": sizes, "recipe": asdict(recipe), "made_for": made_for,
-               "fingerprint": fingerprint}
+        "fingerprint": 0 if options.stage == "tokenizer" else tokenizer.fingerprint(),
+        "autoencoder": recipe.autoencoder, "adversarial": recipe.adversarial > 0}
+    content = {"config": sizes, "recipe": vars(recipe), "made_for": made_for}
     start, skipped = data.resume(path, saved, content, parts)
-    del saved    # training needs the memory
+    del saved, source    # training needs the memory
     net = data.parallel(model, world, options.compile)
-    judge = data.parallel(critic, world) if critic else None
 
-    share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
+    share = recipe.batch // world                 # of a batch, for this process,
+    micros = math.ceil(share / recipe.micro)      # computed in so many parts
     stream = data.batches(train, recipe.batch, recipe.seed, start, recipe.steps, rank, world,
                           recipe.micro, options.workers)
     began = time.perf_counter()
@@ -237,10 +235,9 @@ def main():
         if step == recipe.autoencoder > 0:
             start_codebook(model, train, recipe.seed, device)
         quantise = step >= recipe.autoencoder
-        totals, done = defaultdict(float), 0
-        for images, _ in islice(stream, math.ceil(share / recipe.micro)):
-            images = images.to(device, non_blocking=True) / 255
-            weight, done = len(images) / share, done + len(images)
+        for micro in range(micros):
+            images = next(stream)[0].to(device, non_blocking=True) / 255
+            weight = len(images) / share
 
             # The generator reconstructs, and wants to be taken for real.
             with autocast:
@@ -251,25 +248,22 @@ def main():
             # The discriminator learns to tell its pictures from the originals.
             if critic:
                 with autocast:
-                    fakes = vqgan.view(maps).detach()
-                    losses |= discriminator_step(judge, images, fakes, recipe, step % 16 == 0)
+                    losses |= discriminator_step(judge, maps, images, recipe, step % 16 == 0)
                 (weight * losses["critic"]).backward()
-            for name, loss in losses.items():
-                totals[name] += weight * loss.detach()
 
         lr = data.rate(recipe, step + 1) * (recipe.quantised_rate if quantise else 1)
         norms = [data.update(*part, lr, recipe.clip, skipped) for part in parts.values()]
 
-        # Once in a while: evaluate, log, save.
+        # Once in a while: evaluate, log (the losses are those of the last part), save.
         done = step + 1
-        row = {"step": done}
         due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
-        if due and rank == 0:
-            row |= evaluate(model, held, [] if options.data else captions, path.with_suffix(".png"),
-                            config.codes, tokenizer, quantise)
-            bar.set_postfix(psnr=row["psnr"], right=row["right"])
         if rank == 0 and (due or done % 10 == 0):
-            row |= {name: value.item() for name, value in totals.items()}
+            row = {"step": done, "psnr": "", "usage": "", "perplexity": "", "right": ""}
+            if due:
+                row |= evaluate(model, held, [] if options.data else captions, tokenizer, quantise,
+                                path.with_suffix(".png"))
+                bar.set_postfix(psnr=row["psnr"], right=row["right"])
+            row |= {name: loss.item() for name, loss in losses.items()}
             row |= {"grad_norm": norms[0], "lr": lr, "skipped": skipped["total"],
                     "seconds": round(time.perf_counter() - began, 1)}
             data.log(path.with_suffix(".csv"), row, options.wandb)

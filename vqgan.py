@@ -39,11 +39,10 @@ class VQGANConfig:
     public: bool = False        # the network of public checkpoints, see convert_public
 
     def __post_init__(self):
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of {self.patch}")
         for width, _, heads, _ in self.towers:
-            if width % heads and not self.public:
-                raise ValueError(f"width {width} is not a multiple of heads {heads}")
+            if self.image_size % self.patch or width % heads:
+                raise ValueError(f"expected image_size {self.image_size} to be a multiple of patch "
+                                 f"{self.patch}, and width {width} of heads {heads}")
 
     @property
     def grid(self):
@@ -57,13 +56,11 @@ class VQGANConfig:
         return encoder, self.decoder or encoder
 
 
+TINY = VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder=(128, 2, 4, 512),
+                   codes=1088, code_scale=32 ** 0.5, logit_laplace=False)
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes, mini for a laptop's own pictures
-    "tiny": VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512,
-                        decoder=(128, 2, 4, 512), codes=1088, code_scale=32 ** 0.5,
-                        logit_laplace=False),
-    "mini": VQGANConfig(image_size=64, patch=4, width=128, layers=1, heads=4, mlp=512,
-                        decoder=(128, 2, 4, 512), codes=4096, code_scale=32 ** 0.5,
-                        logit_laplace=False),
+    "tiny": TINY,
+    "mini": replace(TINY, patch=4, codes=4096),
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
     "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120)}
@@ -72,8 +69,7 @@ PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes, mini for a la
 def larger_decoder(config):
     """The config of Parti's second tokenizer stage (§2.1, App. H): the same encoder and codebook
     under a larger decoder that emits plain RGB: Large, or for tiny and mini one of 4 blocks."""
-    large, _ = PRESETS["large"].towers
-    decoder = large if config.width >= 512 else (192, 4, 6, 768)
+    decoder = PRESETS["large"].towers[0] if config.width >= 512 else (192, 4, 6, 768)
     return replace(config, logit_laplace=False, decoder=decoder)
 
 
@@ -127,13 +123,13 @@ class Tower(nn.Module):
 
 def patchify(images, p):
     """(B, C, H, W) -> its p x p patches in reading order, (B, N, C*p*p)."""
-    return F.pixel_unshuffle(images, p).flatten(2).transpose(1, 2)
+    return F.pixel_unshuffle(images, p).flatten(2).mT
 
 
 def unpatchify(patches, p):
     """The inverse, for square pictures: (B, N, C*p*p) -> (B, C, H, W)."""
     grid = round(patches.shape[1] ** 0.5)
-    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (grid, grid)), p)
+    return F.pixel_shuffle(patches.mT.unflatten(2, (grid, grid)), p)
 
 
 class VQGAN(nn.Module):
@@ -173,7 +169,7 @@ class VQGAN(nn.Module):
         if not self.config.public:
             images = 2 * images - 1     # centred, or the brightness would drown the rest
         z = self.encoder(patchify(images, self.config.patch))              # (B, N, code_dim)
-        return F.normalize(z.float(), dim=-1)
+        return F.normalize(z, dim=-1)
 
     def quantise(self, z):
         """Unit latents (B, N, code_dim) -> nearest codes, codebook loss, tokens (ViT-VQGAN Eq. 1).
@@ -192,8 +188,7 @@ class VQGAN(nn.Module):
     def decoder_maps(self, z):
         """Codes (B, N, code_dim) -> what the decoder emits, float32: (B, 6, H, W) mu and ln b of
         the logit-Laplace density, or (B, 3, H, W) plain RGB."""
-        patches = self.decoder(z * self.config.code_scale)                 # (B, N, maps*p*p)
-        return unpatchify(patches.float(), self.config.patch)              # (B, maps, H, W)
+        return unpatchify(self.decoder(z * self.config.code_scale), self.config.patch)
 
     def encode(self, images):
         """Pictures (B, 3, H, W) in [0, 1] -> tokens (B, N) int64, row by row."""
@@ -201,11 +196,11 @@ class VQGAN(nn.Module):
 
     def decode(self, tokens):
         """Tokens (B, N) int64 -> pictures (B, 3, H, W); clamp to [0, 1] for display."""
-        return view(self.decoder_maps(F.normalize(self.codebook.float(), dim=-1)[tokens]))
+        return view(self.decoder_maps(F.normalize(self.codebook, dim=-1)[tokens]))
 
     def fingerprint(self):
         """A number of the codebook, by which what was trained on its tokens knows it again."""
-        return zlib.crc32(self.codebook.detach().cpu().numpy().tobytes())
+        return zlib.crc32(self.codebook.detach().cpu().numpy())
 
     def forward(self, images, quantise=True, raw=False):
         """images (B, 3, H, W) -> (reconstruction (B, 3, H, W), codebook_loss, tokens (B, N)).
@@ -216,22 +211,22 @@ class VQGAN(nn.Module):
         z = self.latents(images)
         z_q, codebook_loss, tokens = self.quantise(z)
         maps = self.decoder_maps(z_q if quantise else z)
-        return maps if raw else view(maps), codebook_loss * float(quantise), tokens
+        return maps if raw else view(maps), codebook_loss * quantise, tokens
 
     @torch.no_grad()
-    def init_codebook(self, latents, steps=10):
+    def init_codebook(self, latents):
         """Set the codebook by spherical k-means on latents (..., code_dim); our addition, so that
         short runs start with every code in use.
 
         It starts from latents far apart, each the worst served by those before it: many equal
         background patches get one code. Deterministic. Of fewer latents than codes, each gets one;
         the codes beyond repeat them."""
-        x = F.normalize(latents.float().reshape(-1, self.config.code_dim), dim=-1)   # (M, code_dim)
+        x = F.normalize(latents.reshape(-1, self.config.code_dim), dim=-1)   # (M, code_dim)
         codes, served = x[:1].repeat(self.config.codes, 1), x @ x[0]       # (K, code_dim), (M,)
         for k in range(1, len(codes)):
             codes[k] = x[served.argmin()]
             served = served.maximum(x @ codes[k])
-        for _ in range(steps):
+        for _ in range(10):
             sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes), x)
             codes = F.normalize(torch.where(sums.any(-1, keepdim=True), sums, codes), dim=-1)
         self.codebook.copy_(codes)
@@ -252,10 +247,10 @@ def psnr(images, reconstruction):
     return -10 * (images - reconstruction.clamp(0, 1)).square().mean((1, 2, 3)).log10()
 
 
-def codebook_usage(tokens, codes, batch=256):
+def codebook_usage(tokens, codes):
     """Tokens (B, N) of test pictures, K -> (usage, perplexity). Usage is the share of codes hit by
     256 pictures, averaged over such batches (ViT-VQGAN Table 4); perplexity is over all tokens."""
-    usage = [len(part.unique()) / codes for part in tokens.split(batch)]
+    usage = [len(part.unique()) / codes for part in tokens.split(256)]
     p = torch.bincount(tokens.flatten(), minlength=codes) / tokens.numel()
     return sum(usage) / len(usage), torch.special.entr(p).sum().exp().item()
 
@@ -300,18 +295,19 @@ def r1_penalty(real, images, gamma=10.0, every=16):
 
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
-       "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
+       "vgg16-397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0.pth")
 LPIPS = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
+         "lpips-a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868.pth")
 STAGES = (64, 4), (128, 9), (256, 16), (512, 23), (512, 30)    # of VGG16: channels, last layer + 1
 
 
-def fetch(path, url, sha256):
-    """The weights in the file `path`; for "" those under url, fetched once and checked."""
+def fetch(path, url, name):
+    """The weights in the file `path`; for "" those under url, fetched once to torch's cache and
+    checked: the name that they get there is of their SHA-256."""
     if path:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
-                                              check_hash=True, file_name=f"lpips-{sha256}.pth")
+        return read(path)
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
+                                              check_hash=True, weights_only=True)
 
 
 class Perceptual(nn.Module):
@@ -352,16 +348,10 @@ class Perceptual(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # StyleGAN2's residual discriminator (ViT-VQGAN §3.3)
 
-def blur(x, padding):
-    """Low-pass (B, C, H, W) with [1, 3, 3, 1] along both sides (StyleGAN2)."""
-    taps = x.new_tensor([1, 3, 3, 1]) / 8
-    kernel = taps.outer(taps).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
-
-
 class EqualConv(nn.Conv2d):
     """Convolution with equalised learning rate: weights are N(0, 1), scaled by 1/sqrt(fan in) when
-    used, so that Adam moves every layer at the same relative speed. Stride 2 low-passes first."""
+    used, so that Adam moves every layer at the same relative speed. Stride 2 first low-passes
+    (B, C, H, W) with [1, 3, 3, 1] along both sides."""
 
     def reset_parameters(self):
         nn.init.normal_(self.weight)
@@ -370,7 +360,9 @@ class EqualConv(nn.Conv2d):
 
     def forward(self, x):
         if self.stride[0] == 2:
-            x = blur(x, 1 + self.kernel_size[0] // 2)
+            taps = x.new_tensor([1, 3, 3, 1]) / 8
+            low_pass = taps.outer(taps).expand(x.shape[1], 1, 4, 4)
+            x = F.conv2d(x, low_pass, padding=1 + self.kernel_size[0] // 2, groups=x.shape[1])
         weight = self.weight * self.weight[0].numel() ** -0.5
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
@@ -380,24 +372,28 @@ def leaky(x):
     return F.leaky_relu(x, 0.2) * 2 ** 0.5
 
 
+# Resolutions of the discriminator, from the largest picture's to that of its last map.
+SIDES = 1024, 512, 256, 128, 64, 32, 16, 8, 4
+
+
 class Discriminator(nn.Module):
     """(B, 3, S, S) in [0, 1] -> scores (B,), positive for "real". S is a power of two from 8 to
-    2 * base, else ValueError. Resolution r has min(2 * base / r, cap) channels; the defaults are
-    those of config F."""
+    1024, else ValueError. Resolution r has min(2 * base / r, cap) channels; the defaults are those
+    of config F."""
 
     def __init__(self, image_size, base=16384, cap=512):
         super().__init__()
-        if image_size & (image_size - 1) or not 8 <= image_size <= 2 * base:
-            raise ValueError(f"a discriminator of base {base} needs a side that is a power of two "
-                             f"from 8 to {2 * base}, got {image_size}")
-        sides = [image_size >> i for i in range(image_size.bit_length() - 2)]      # S, S/2 ... 4
-        first, *_, last = widths = [min(2 * base // side, cap) for side in sides]
-        self.rgb, self.blocks = EqualConv(3, first, 1), nn.ModuleList()
+        if image_size not in SIDES[:-1]:
+            raise ValueError(f"a discriminator sees pictures of {SIDES[:-1]} pixels a side, got "
+                             f"{image_size}: without it, --adversarial 0, any size will do")
+        widths = [min(2 * base // side, cap) for side in SIDES if side <= image_size]
+        last = widths[-1]                                                  # of 4 x 4 maps
+        self.rgb, self.blocks = EqualConv(3, widths[0], 1), nn.ModuleList()
         for c, d in zip(widths, widths[1:]):
             convs = EqualConv(c, c, 3, padding=1), EqualConv(c, d, 3, stride=2)
             self.blocks.append(nn.ModuleList([*convs, EqualConv(c, d, 1, stride=2, bias=False)]))
         self.conv = EqualConv(last + 1, last, 3, padding=1)
-        self.dense, self.score = EqualConv(last, last, 4), EqualConv(last, 1, 1)   # on a 4 x 4 map
+        self.dense, self.score = EqualConv(last, last, 4), EqualConv(last, 1, 1)
 
     def forward(self, images):
         x = leaky(self.rgb(2 * images - 1))                                # (B, C, S, S)
@@ -466,10 +462,8 @@ def read(path):
         raise SystemExit(f"{path} does not exist; python train_vqgan.py && python train_prior.py "
                          "make vqgan.pt and prior.pt, and with --stage the others")
     except Exception as error:    # torch raises half a dozen types, depending on the damage
-        raise SystemExit(f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds "
-                         "more than tensors. Damaged: train again with --fresh. More: if you "
-                         "trust it, torch.save(torch.load(FILE, weights_only=False)"
-                         "['state_dict'], NEW)")
+        raise SystemExit(f"{path} ({type(error).__name__}) is damaged: train again, --fresh; or it "
+                         "holds more than tensors: save its 'state_dict' alone")
 
 
 # enhancing-transformers -> here, applied in this order
@@ -526,22 +520,19 @@ def load(path):
 
 @torch.no_grad()
 def main():
-    """Every step on a tiny example, its speed, parameter counts against the papers' tables."""
+    """Shapes and speed of a tiny example, and parameter counts against the papers' table."""
     model, images = VQGAN(PRESETS["tiny"]), torch.rand(16, 3, 64, 64)
-    z = model.latents(images)
-    codes, _, tokens = model.quantise(z)
     start = time.perf_counter()
-    pictures = model.decode(model.encode(images))
+    tokens = model.encode(images)
+    pictures = model.decode(tokens)
     print(f"tiny: {16 / (time.perf_counter() - start):.0f} pictures/s, to tokens and back")
-    for name, value in (("pictures", images), ("unit latents", z), ("nearest codes", codes),
-                        ("tokens", tokens), ("decoded", pictures)):
-        print(f"{name:20}{tuple(value.shape)}")
-    with torch.device("meta"):    # no memory, no arithmetic
-        networks = {f"{name} encoder": VQGAN(config).encoder for name, config in PRESETS.items()}
-        networks |= {"upsampler x2": Upsampler(2), "discriminator at 256": Discriminator(256)}
-    print("\nParameters; the papers: small 32M, base 91M, large 599M a tower, upsampler 15M")
-    for name, network in networks.items():
-        print(f"{name:20}{sum(p.numel() for p in network.parameters()):13,}")
+    for name, x in (("pictures", images), ("unit latents", model.latents(images)),
+                    ("tokens", tokens), ("decoded", pictures)):
+        print(f"{name:13}{tuple(x.shape)}")
+    for name, paper in {"small": "32M", "base": "91M", "large": "599M"}.items():
+        with torch.device("meta"):    # no memory, no arithmetic
+            encoder = VQGAN(PRESETS[name]).encoder
+        print(f"{name} encoder {sum(p.numel() for p in encoder.parameters()):,}, paper {paper}")
 
 
 if __name__ == "__main__":
