@@ -357,6 +357,15 @@ def _read(file):
     return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
 
 
+def _values(row, keys):
+    """The values, and those in lists, of a row {key: value} whose keys match a pattern."""
+    found = []
+    for key, value in row.items():
+        if keys.fullmatch(key):
+            found += value if isinstance(value, list) else [value]
+    return found
+
+
 def _rows(name, text):
     """A file that may hold captions -> [(path of a picture, its captions)]; [] if it is no list.
     Raises ValueError or KeyError for a row that lacks something."""
@@ -368,11 +377,11 @@ def _rows(name, text):
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         comma = max(",;\t", key=text.partition("\n")[0].count)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, restkey="surplus")
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, restkey="surplus",
+                              skipinitialspace=True)
     found = []
     for number, row in enumerate(rows, 1):
-        path = [value for key, value in row.items() if PATH.fullmatch(key)]
-        captions = [value for key, value in row.items() if CAPTION.fullmatch(key)]
+        path, captions = _values(row, PATH), _values(row, CAPTION)
         if number == 1 and not path:    # another table
             return []
         if not path or not captions or "surplus" in row:
@@ -402,8 +411,8 @@ def _captions(files, pictures, lists):
     for source, file in lists.items():
         text = _read(file).decode("utf-8-sig", "replace")
         try:
-            one = source in beside and [(beside[source], text.splitlines())]
-            rows = one or _rows(source, text)
+            own = source in beside and [(beside[source], text.splitlines())]
+            rows = own or _rows(source, text)
             if rows and "\ufffd" in text:
                 raise ValueError("it is not in UTF-8")
         except Exception as error:    # as many kinds as there are ways to be no list
@@ -411,10 +420,9 @@ def _captions(files, pictures, lists):
         if rows:
             used.add(source)
         for path, captions in rows:
-            exact = normpath(join(dirname(source), path))
-            found = [name for name in alike[basename(path)] if f"/{name}".endswith(f"/{path}")]
-            if exact in alike[basename(path)]:
-                found = [exact]
+            exact, near = normpath(join(dirname(source), path)), alike[basename(path)]
+            found = [name for name in near if f"/{name}".endswith(f"/{path}")]
+            found = [exact] if exact in near else found
             if len(found) > 1:
                 raise ValueError(f"{source}: {path} may be {' or '.join(found)}; write more of it")
             if not found:
@@ -449,7 +457,7 @@ class Pictures:
                              f"expected {EXPECTED}")
         self.texts = texts or {name: [_folder(name)] for name in pictures}
         for name, lines in self.texts.items():
-            lines = [" ".join(clean(line).split()) for line in lines if line]
+            lines = [" ".join(clean(str(line)).split()) for line in lines if line]
             self.texts[name] = [line for line in lines if line] or [""]
         held = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
         chosen = {"train": self.texts.keys() - held, "held-out": held, "all": self.texts}[split]
@@ -860,4 +868,4 @@ def log(path, row, wandb=False):
     with open(path, "a") as file:
         file.write(",".join(map(str, row.values())) + "\n")
     if wandb:
-        sys.modules["wandb"].log(row)
+        sys.modules["wandb"].log({name: value for name, value in row.items() if value != ""})
