@@ -26,14 +26,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import vqgan
-from data import Scenes, Text, batches, check, kind, open_data, pick, prior_crop, say
-from data import save_grid
+from data import Scenes, Text, batches, check, kind, open_data, pick, prior_crop, save_grid
 from prior import attention, restore, split_heads
 
 BATCH = 64   # pictures drawn at a time
-USUAL = {"n": 4, "rerank": 0, "seed": 0, "limit": 512, "prompts": "", "data": "",
-         "captions": "", "inception": "", "vqgan": "", "out": "out", "device": "auto",
-         "dtype": "auto",
+USUAL = {"n": 4, "rerank": 0, "seed": 0, "limit": 512, "prompts": "", "data": "", "out": "out",
+         "captions": "", "inception": "", "vqgan": "", "device": "auto", "dtype": "auto",
          # As in prior.pt if negative.
          "guidance": -1.0, "temperature": -1.0, "top-k": -1, "top-p": -1.0}
 
@@ -68,7 +66,7 @@ def load_parts(options):
         if decoder.fingerprint() == saved["fingerprint"]:
             parts.tokenizer = decoder
         else:
-            say("decoder.pt is not used: it was trained for another tokenizer")
+            print("decoder.pt is not used: it was trained for another tokenizer")
     if options.rerank:
         _, parts.ranker, parts.ranker_text = load_model(out / "text.pt")
     parts.upsampler = torch.nn.Identity()
@@ -90,14 +88,14 @@ def rank(parts, caption, pictures):
 def paint(parts, captions, n, candidates=0):
     """B captions -> n pictures each (B, n, 3, S, S) in [0, 1], enlarged if there is an upsampler,
     and their tokens (B, n, N); if there are candidates, the best of these (Parti §2.4)."""
-    text = parts.text(captions).repeat_interleave(max(n, candidates), dim=0).to(parts.device)
+    M = max(n, candidates)
+    text = parts.text(captions).repeat_interleave(M, dim=0).to(parts.device)    # (B * M, T)
     with parts.autocast:
         tokens = torch.cat([parts.prior.generate(part, **parts.sampling)
                             for part in tqdm(text.split(BATCH), "drawing", leave=False)])
         pictures = torch.cat([parts.tokenizer.decode(part) for part in tokens.split(BATCH)])
     shown, kept = [], []
-    B = len(captions)
-    for caption, row, drawn in zip(captions, pictures.clamp(0, 1).chunk(B), tokens.chunk(B)):
+    for caption, row, drawn in zip(captions, pictures.clamp(0, 1).split(M), tokens.split(M)):
         if candidates:
             best = rank(parts, caption, row).topk(n).indices                    # (n,)
             row, drawn = row[best], drawn[best]
@@ -154,7 +152,8 @@ def draw_attention(path, parts, caption, picture, tokens):
     text = parts.text([caption]).to(parts.device)                                   # (1, T)
     weights = cross_attention(parts.prior, text, tokens[None])[:, 0].mean(1)        # (layers, N, T)
     maps = (weights / weights.max()).permute(2, 0, 1).unflatten(2, (parts.prior.config.grid, -1))
-    words = parts.text.pieces.encode(caption, out_type=str) + ["(end)"]
+    pieces = parts.text.pieces.encode(caption, out_type=str)
+    words = [piece.strip("▁") for piece in pieces] + ["(end)"]
     tiles = torch.stack([maps] * 3, 2)[:len(words)]                         # (T, layers, 3, G, G)
     save_grid(path, [picture[None], *tiles], [caption] + words)
 
@@ -276,8 +275,8 @@ def main():
     if options.film:
         film(path, pictures, options.words, parts.prior.config.grid)
     if options.attention:
-        path = path.with_name("attention.png")
-        draw_attention(path, parts, options.words[0], pictures[0, 0], tokens[0, 0])
+        draw_attention(path.with_name("attention.png"), parts, options.words[0],
+                       pictures[0, 0], tokens[0, 0])
 
 
 if __name__ == "__main__":

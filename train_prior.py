@@ -10,7 +10,6 @@
 Reads the tokenizer out/vqgan.pt, and writes a log (.csv) and samples (.png), too. The same command
 again continues. --init out/text.pt starts the prior's text encoder there.
 """
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def make_optimizer(model, recipe):
 
 def shard(model, world):
     """FSDP2: every process keeps its share of each parameter, gradient and moment."""
-    def even(p):   # the side that divides evenly, so that no process is left with nothing
+    def even(p):    # the side that divides evenly: Adafactor fails where a process has nothing
         return Shard(min(range(p.ndim), key=lambda side: p.shape[side] % world))
 
     for part in reversed([*model.modules()]):    # the whole last
@@ -158,7 +157,6 @@ def main():
     share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
     stream = data.batches(train, recipe.batch, recipe.seed, start, recipe.steps, rank, world,
                           recipe.micro, options.workers, recipe.drop)
-    began = time.perf_counter()
     bar = tqdm(range(start, recipe.steps), path.stem, recipe.steps, initial=start, disable=rank > 0)
     for step in bar:
         torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + rank)    # dropout
@@ -187,15 +185,14 @@ def main():
                 if prior and rank == 0 and not options.fsdp:
                     captions = held.captions(8)
                     prompts = text(captions).repeat_interleave(4, 0).to(device)
-                    seed = torch.Generator(device).manual_seed(0)
-                    tokens = model.generate(prompts, generator=seed, **content["sampling"])
+                    torch.manual_seed(0)    # the same draws each time
+                    tokens = model.generate(prompts, **content["sampling"])
                     pictures = tokenizer.decode(tokens).split(4)
                     data.save_grid(path.with_suffix(".png"), pictures, captions)
             model.train()
         if due or done % 10 == 0:
             row = {"step": done, "held_out": held_out, "loss": data.average(total).item(),
-                   "grad_norm": norm, "lr": lr, "skipped": skipped["total"],
-                   "seconds": round(time.perf_counter() - began, 1)}
+                   "grad_norm": norm, "lr": lr, "skipped": skipped["total"]}
             bar.set_postfix(loss=row["loss"])
             if rank == 0:
                 data.log(path.with_suffix(".csv"), row, options.wandb)
