@@ -514,10 +514,10 @@ def open_data(path, captions="", size=256, crop=tokenizer_crop, split="train", s
     return Scenes("seen" if split == "held-out" else split, size, seed)
 
 
-def save_grid(path, rows, labels=None):
-    """Write rows of pictures (n,3,H,W) in [0,1] as one PNG, each row above its label, if any. Small
-    pictures are shown enlarged, pixel by pixel."""
-    height, width = rows[0].shape[2:]
+def save_grid(path, rows, labels=()):
+    """Write rows of pictures (3,H,W) in [0,1] as one PNG, all as large as the first one; small ones
+    are enlarged pixel by pixel. labels: for each row those of its pictures, or of the first few."""
+    height, width = rows[0][0].shape[1:]
     zoom, foot = max(1, 128 // width), 18 if labels else 0
     across, down = zoom * width + 4, zoom * height + 4 + foot
     sheet = Image.new("RGB", (across * max(map(len, rows)), down * len(rows)), "white")
@@ -525,8 +525,9 @@ def save_grid(path, rows, labels=None):
         for x, picture in enumerate(row):
             tile = Image.fromarray(pixels(picture)).resize((zoom * width, zoom * height), 0)
             sheet.paste(tile, (x * across + 2, y * down + 2))
-        if labels:
-            ImageDraw.Draw(sheet).text((3, (y + 1) * down - foot), labels[y], "black")
+    for y, row in enumerate(labels):
+        for x, label in enumerate(row):
+            ImageDraw.Draw(sheet).text((x * across + 3, (y + 1) * down - foot), label, "black")
     sheet.save(path)
 
 

@@ -729,21 +729,21 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, fused=None)
 # --- files and walk-through ----------------------------------------------------------------------
 
 
+def restore(saved):
+    """A checkpoint of train_prior.py, as `read` gives it -> Parti or, of the text stage,
+    DualEncoder, on the CPU, in eval mode."""
+    config = PriorConfig(**saved["config"])
+    if saved.get("stage") == "text":
+        model = DualEncoder(config, saved["image_size"], saved["patch"])
+    else:
+        model = Parti(config)
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
 def load(path):
-    """The prior of a checkpoint of train_prior.py -> Parti on the CPU, in eval mode. SystemExit,
-    one line, if the file is missing or damaged."""
-    saved = read(path)
-    model = Parti(PriorConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model.eval()
-
-
-def load_dual(path):
-    """The same for the text stage -> DualEncoder."""
-    saved = read(path)
-    model = DualEncoder(PriorConfig(**saved["config"]), saved["image_size"], saved["patch"])
-    model.load_state_dict(saved["model"])
-    return model.eval()
+    """The same from a file. SystemExit, one line, if it is missing or damaged."""
+    return restore(read(path))
 
 
 def seconds(work):

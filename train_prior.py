@@ -10,10 +10,7 @@
 Reads the tokenizer out/vqgan.pt, and writes a log (.csv) and samples (.png), too. The same command
 again continues. --init out/text.pt starts the prior's text encoder there.
 """
-import math
-import time
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,8 +21,8 @@ from tqdm import tqdm
 
 import data
 import vqgan
-from prior import (PRESETS, Adafactor, Block, DualEncoder, Parti, PriorConfig, contrastive_loss,
-                   hide)
+from prior import PRESETS, Adafactor, Block, DualEncoder, Parti, PriorConfig
+from prior import contrastive_loss, hide, restore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ PRIOR = {"tiny": TINY, "mini": MINI, "350m": PAPER, "750m": PAPER,
 # The contrast is among the pairs that all processes hold at a time: a batch of its own.
 SMALL = replace(TINY, steps=600, batch=64, micro=64, lr=1e-3, decay_from=300, drop=0.0)
 LARGE = replace(PAPER, batch=1024, micro=32, drop=0.0)
-TEXT = {name: SMALL if recipe.micro > 16 else LARGE for name, recipe in PRIOR.items()}
+TEXT = dict.fromkeys(PRIOR, LARGE) | {"tiny": SMALL, "mini": SMALL}
 RECIPES = {"prior": PRIOR, "text": TEXT}
 # How sample.py draws if it is not told otherwise (Parti §2.4, Table 5).
 SAMPLING = {"guidance": 1.2, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -83,48 +80,25 @@ def text_loss(network, images, text, vocab):
     return contrastive_loss(texts, pictures, scale) + masked
 
 
-def prepare(images, text, device):
-    """Bytes to [0,1]; and the columns of padding that no text of the batch reaches cut off."""
-    longest = max(1, int((text != 0).sum(1).max()))
-    return images.to(device, non_blocking=True) / 255, text[:, :longest].to(device)
-
-
 def make_optimizer(model, recipe):
     """Adafactor or AdamW with the papers' moments (Parti §3). Matrices decay; vectors (norms, the
     start token) do not, as is usual."""
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     how = {"lr": recipe.lr, "betas": (0.9, 0.96), "weight_decay": recipe.weight_decay}
-    adam = recipe.optimizer == "adamw"
-    return torch.optim.AdamW(groups, fused=True, **how) if adam else Adafactor(groups, **how)
-
-
-def start_from(model, saved, stage):
-    """Weights of a checkpoint; for the prior from a text stage, those of its text encoder alone."""
-    state = saved["model"]
-    if stage == "prior" and saved["stage"] == "text":
-        model = model.encoder
-        state = {name.removeprefix("encoder."): value for name, value in state.items()
-                 if name.startswith("encoder.")}
-    model.load_state_dict(state)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **how)
+    return Adafactor(groups, **how)
 
 
 def shard(model, world):
     """FSDP2: every process keeps its share of each parameter, gradient and moment."""
-    def even(p):   # the first side that divides evenly, so that no process is left with nothing
-        return Shard(next((i for i, n in enumerate(p.shape) if n % world == 0), 0))
+    def even(p):    # the side that divides evenly: Adafactor fails where a process has nothing
+        return Shard(min(range(p.ndim), key=lambda side: p.shape[side] % world))
 
-    for block in [*[part for part in model.modules() if isinstance(part, Block)], model]:
-        fully_shard(block, shard_placement_fn=even)
-
-
-@torch.no_grad()
-def draw(path, model, tokenizer, text, captions, sampling, device):
-    """Four samples for each caption, one row each, as a picture."""
-    seed = torch.Generator(device).manual_seed(0)
-    prompts = text(captions).repeat_interleave(4, 0).to(device)
-    pictures = tokenizer.decode(model.generate(prompts, generator=seed, **sampling))
-    data.save_grid(path, pictures.split(4), captions)
+    for part in reversed([*model.modules()]):    # the whole last
+        if isinstance(part, (Block, type(model))):
+            fully_shard(part, shard_placement_fn=even)
 
 
 def main():
@@ -136,89 +110,97 @@ def main():
     source = vqgan.read(options.init) if options.init else None
 
     # The tokenizer, the pictures, and the vocabulary, which is the checkpoint's if there is one.
-    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
-    tokenizer.to(device)
+    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).to(device)
     size, patch = tokenizer.config.image_size, tokenizer.config.patch
     train, held = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                   recipe.seed) for split in ("train", "held-out"))
     data.say(train.summary())
-    if saved or source:
-        words = (saved or source)["text"]
-    else:
-        words = data.train_tokens(train.captions(100_000 if options.data else 2_000),
-                                  recipe.pieces)
-    text = data.Text(words, config.text_length)
+    begun = saved or source
+    some = 100_000 if options.data else 2_000
+    words = begun["text"] if begun else data.train_tokens(train.captions(some), recipe.pieces)
     if source and source["stage"] == options.stage:
         config = PriorConfig(**source["config"])    # fine-tuning keeps the sizes
+    text = data.Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=tokenizer.config.codes,
                      grid=tokenizer.config.grid)
 
     # The network, and where it stood if it was begun before.
     torch.manual_seed(recipe.seed)
-    if options.stage == "prior":
-        model, loss_of, more = Parti(config), prior_loss, tokenizer
-    else:
-        model, loss_of, more = DualEncoder(config, size, patch), text_loss, text.vocab
-    if source and not saved:
-        start_from(model, source, options.stage)
+    prior = options.stage == "prior"
+    model = Parti(config) if prior else DualEncoder(config, size, patch)
+    if source and source["stage"] == options.stage:
+        model.load_state_dict(source["model"])
+    elif source:
+        model.encoder.load_state_dict(restore(source).encoder.state_dict())
     model.to(device)
     if options.fsdp:
         shard(model, world)
     optimizer = make_optimizer(model, recipe)
-    sampling = SAMPLING if config.width >= 1024 else SHARPER
-    fingerprint = tokenizer.fingerprint() if options.stage == "prior" else 0
-    made_for = asdict(config) | data.identity(options) | {
-        "captions": options.captions, "fingerprint": fingerprint, "optimizer": recipe.optimizer}
-    content = {"config": asdict(config), "recipe": asdict(recipe), "made_for": made_for,
-               "text": words, "sampling": sampling, "fingerprint": fingerprint,
-               "vqgan": options.vqgan, "data": options.data, "captions": options.captions,
-               "image_size": size, "patch": patch, "stage": options.stage}
-    start, skipped = data.resume(path, saved, content, {"": (model, optimizer)})
-    del saved, source    # training needs the memory
+    parts = {"": (model, optimizer)}
+    run = data.identity(options) | {"captions": options.captions, "vqgan": options.vqgan,
+                                    "fingerprint": tokenizer.fingerprint(),
+                                    "optimizer": recipe.optimizer}
+    content = run | {"made_for": run | asdict(config), "config": asdict(config),
+                     "recipe": asdict(recipe), "text": words,
+                     "sampling": SAMPLING if config.width >= 1024 else SHARPER,
+                     "image_size": size, "patch": patch}
+    start, skipped = data.resume(path, saved, content, parts)
+    del saved, source, begun    # training needs the memory
     network = data.parallel(model, world, options.compile)
+
+    def loss_of(images, captions):
+        """Of bytes (b,3,S,S) and b captions, without the padding that none of them reaches."""
+        images = images.to(device, non_blocking=True) / 255
+        ids = text(captions)                                                   # (b,T)
+        ids = ids[:, :(ids != 0).sum(1).max().clamp(min=1)].to(device)
+        if prior:
+            return prior_loss(network, images, ids, tokenizer)
+        return text_loss(network, images, ids, text.vocab)
 
     share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
     stream = data.batches(train, recipe.batch, recipe.seed, start, recipe.steps, rank, world,
                           recipe.micro, options.workers, recipe.drop)
-    began = time.perf_counter()
     bar = tqdm(range(start, recipe.steps), path.stem, recipe.steps, initial=start, disable=rank > 0)
     for step in bar:
         torch.manual_seed(1_000_003 * recipe.seed + 1009 * step + rank)    # dropout
-        total, done = 0.0, 0
-        for images, captions in islice(stream, math.ceil(share / recipe.micro)):
-            weight, done = len(images) / share, done + len(images)
+        total = 0.0
+        for _ in range(0, share, recipe.micro):
+            images, captions = next(stream)
             with autocast:
-                loss = loss_of(network, *prepare(images, text(captions), device), more)
-            (weight * loss).backward()
-            total += weight * loss.detach()
+                loss = len(images) / share * loss_of(images, captions)
+            loss.backward()
+            total += loss.detach()
         lr = data.rate(recipe, step + 1)
         norm = data.update(model, optimizer, lr, recipe.clip, skipped)
 
         # Once in a while: evaluate, log, save.
         done = step + 1
-        row = {"step": done}
+        held_out = ""
         due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
         if due:
             model.eval()
             with torch.no_grad(), autocast:
-                losses = [loss_of(network, *prepare(images, text(captions), device), more)
-                          for images, captions in data.batches(
-                              held, 256 // world * world, recipe.seed, 0, 1, rank, world,
-                              recipe.micro)]
-                row["held_out"] = data.average(torch.stack(losses).mean()).item()
+                losses = [loss_of(*batch) for batch in data.batches(
+                    held, 256 // world * world, recipe.seed, 0, 1, rank, world, recipe.micro)]
+                held_out = data.average(torch.stack(losses).mean()).item()
                 # A sharded model draws nothing here: `generate` does not gather its parameters.
-                if options.stage == "prior" and rank == 0 and not options.fsdp:
-                    draw(path.with_suffix(".png"), model, tokenizer, text, held.captions(8),
-                         sampling, device)
+                if prior and rank == 0 and not options.fsdp:
+                    captions = held.captions(8)
+                    prompts = text(captions).repeat_interleave(4, 0).to(device)
+                    torch.manual_seed(0)    # the same draws each time
+                    tokens = model.generate(prompts, **content["sampling"])
+                    pictures = tokenizer.decode(tokens).split(4)
+                    labels = [[caption] for caption in captions]
+                    data.save_grid(path.with_suffix(".png"), pictures, labels)
             model.train()
         if due or done % 10 == 0:
-            row |= {"loss": data.average(total).item(), "grad_norm": norm, "lr": lr,
-                    "skipped": skipped["total"], "seconds": round(time.perf_counter() - began, 1)}
+            row = {"step": done, "held_out": held_out, "loss": data.average(total).item(),
+                   "grad_norm": norm, "lr": lr, "skipped": skipped["total"]}
             bar.set_postfix(loss=row["loss"])
             if rank == 0:
                 data.log(path.with_suffix(".csv"), row, options.wandb)
         if due:
-            data.save(path, content | {"step": done, "skipped": skipped}, {"": (model, optimizer)})
+            data.save(path, content | {"step": done, "skipped": skipped}, parts)
 
 
 if __name__ == "__main__":

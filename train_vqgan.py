@@ -174,7 +174,7 @@ def evaluate(net, images, captions, tokenizer, quantise, path):
     maps, _, tokens = zip(*results)
     pictures = vqgan.view(torch.cat(maps)).clamp(0, 1)
     usage, perplexity = vqgan.codebook_usage(torch.cat(tokens), tokenizer.config.codes)
-    data.save_grid(path, [images[:8], pictures[:8]], ["originals", "reconstructions"])
+    data.save_grid(path, [images[:8], pictures[:8]], [["originals"], ["reconstructions"]])
     right = [data.check(*pair) for pair in zip(pictures, captions)]
     return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
             "perplexity": perplexity, "right": sum(right) / len(right) if right else ""}
