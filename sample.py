@@ -28,7 +28,7 @@ from tqdm import tqdm
 import vqgan
 from data import (EOS, PAD, Scenes, Text, batches, check, kind, open_data, pick, pixels,
                   prior_crop, save_grid, say)
-from prior import load, load_dual, split_heads
+from prior import load, split_heads
 
 BATCH = 64   # pictures drawn at a time
 
@@ -62,7 +62,7 @@ def load_parts(options):
             say(f"{out / 'decoder.pt'} is not used: it was trained for another tokenizer")
             parts.decoder = parts.tokenizer
     if options.rerank or options.evaluate and (out / "text.pt").exists():
-        parts.ranker, saved = load_dual(out / "text.pt"), vqgan.read(out / "text.pt")
+        parts.ranker, saved = load(out / "text.pt"), vqgan.read(out / "text.pt")
         parts.ranker_text = Text(saved["text"], saved["config"]["text_length"])
     if options.upsample:
         saved = vqgan.read(out / "upsampler.pt")

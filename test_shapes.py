@@ -800,7 +800,7 @@ def test_the_door_takes_the_kernels_where_they_can_run():
     for d, dtype, fused in ((32, torch.float32, True), (128, torch.bfloat16, True),
                             (48, torch.float32, False), (64, torch.float64, False)):
         q = torch.zeros(1, 1, 4, d, dtype=dtype, device=DEVICE, requires_grad=True)
-        assert ("Fused" in type(prior.attention(q, q, q).grad_fn).__name__) == fused, (d, dtype)
+        assert ("Fused" in str(prior.attention(q, q, q).grad_fn.next_functions)) == fused, d
 
 
 def compile_kernels():
@@ -1470,7 +1470,7 @@ REFUSED = [
     (lambda folder, out: next(data.batches(data.Pictures(
         lay_out(folder, {"a.png": b"", "b.png": b""})), 2, 0, 0, 9)), "bad"),
     (lambda folder, out: vqgan.load(folder / "vqgan.pt"), "does not exist python train_vqgan.py"),
-    (lambda folder, out: prior.load_dual(folder / "text.pt"), "python train_prior.py --stage text"),
+    (lambda folder, out: prior.load(folder / "text.pt"), "python train_prior.py --stage text"),
     (checkpoint(lambda whole: whole[:100]), "vqgan.pt damaged"),
     (checkpoint(lambda whole: {"state_dict": {}, "args": SimpleNamespace(lr=1)}), "state_dict"),
     (script(train_prior, STAGE2 + "--out {folder}"), "vqgan.pt does not exist"),
