@@ -23,6 +23,7 @@ from vqgan import Tower, VQGANConfig, patchify, read
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:  # no Triton: torch's own attention serves
     triton = None
 
@@ -175,7 +176,7 @@ def few_rows(weight, dtype, rows):
     reading the weight (n_out, n_in), kept in dtype; then a CPU has faster ways than F.linear."""
     if weight.is_cpu and dtype == torch.float32:  # MKL multiplies W x^T faster than x W^T
         return lambda x: (weight @ x.contiguous().t()).t()
-    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
+    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine == "x86":
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # sums in float32
     weight = weight.to(dtype)
@@ -197,8 +198,6 @@ class TextEncoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, text):
-        if text.ndim != 2 or text.shape[1] > len(self.positions):
-            raise ValueError(f"text {tuple(text.shape)}: give (B, T), T <= {len(self.positions)}")
         lengths = (text != 0).sum(1).clamp(min=1)                       # (B,)
         x = self.drop(self.embed(text) + self.positions[: text.shape[1]])   # (B, T, D)
         for block in self.blocks:
@@ -242,7 +241,6 @@ class Parti(nn.Module):
             x = block(x, text=words, text_lengths=lengths)
         return self.logits(x)                                           # (B, N, K)
 
-    @torch.no_grad()
     def generate(self, text, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """text (B, T) -> image tokens (B, N), drawn one after the other with a cache (Parti §2.4).
 
@@ -250,17 +248,17 @@ class Parti(nn.Module):
         temperature (0: always the likeliest code), top_k (0: off), top_p (1: off) act after it.
         generator: of random numbers, on the same device. The model should be in eval mode."""
         guided = guidance != 1.0  # two streams in one batch: the second has no text
-        step = CachedDecoder(self, torch.cat([text, torch.zeros_like(text)]) if guided else text)
-        tokens = [text.new_full((len(text),), self.config.codes)]  # the start
+        both = torch.cat([text, torch.zeros_like(text)]) if guided else text
+        tokens = text.new_full((len(text), 1 + self.config.tokens), self.config.codes)  # the start
         with torch.inference_mode():  # cheaper operations: what they make can never be trained
+            step = CachedDecoder(self, both)
             for i in range(self.config.tokens):
-                logits = step(i, tokens[-1].repeat(1 + guided))         # (B or 2B, K)
+                logits = step(i, tokens[:, i].repeat(1 + guided))       # (B or 2B, K)
                 if guided:
                     logits = guide(*logits.chunk(2), guidance)
-                logits = truncate(logits / max(temperature, 1e-8), top_k, top_p)
-                p = logits.softmax(-1)
-                tokens.append(torch.multinomial(p, 1, generator=generator)[:, 0])
-        return torch.stack(tokens[1:], dim=1)  # outside of that mode: usable in training
+                p = truncate(logits / max(temperature, 1e-8), top_k, top_p).softmax(-1)
+                tokens[:, i + 1] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return tokens[:, 1:]
 
 
 class CachedDecoder:
@@ -507,11 +505,9 @@ def conv_offsets(kernel, grid):
 # (tile, head). RULE is (causal, kernel, grid); a query sees keys at most `behind` positions before
 # its own and `ahead` after it.
 
-OWN, STEP = 64, 32  # rows of a program's own tile, and of a tile of the other side
-
 if triton is not None:
     _allowed = triton.jit(allowed)
-    INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+    INTERPRET = constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
     @triton.jit
     def _dot(a, b):
@@ -521,52 +517,48 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _program(LENGTHS, OWN: tl.constexpr):
-        """What this program works on: its head, the number of keys to see there, the first position
-        of its own tile, and all of them."""
+    def _program(LENGTHS, end, behind, ahead, OWN, STEP):
+        """What this program works on: its head, the number of keys to see there, the positions of
+        its own tile; and (first, last): the tiles of the other side, first, first + STEP, ... below
+        last, cover what lies up to `behind` before its own and `ahead` after it, within `end`.
+
+        With the sparse mask of grids up to 64 nothing else has to be skipped: a tile in between
+        meets OWN + STEP - 1 values of i - j, more than the gap of grid - kernel between two rows.
+        """
         head, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * OWN
-        return head, tl.load(LENGTHS + head).to(tl.int32), start, start + tl.arange(0, OWN)
+        length = tl.load(LENGTHS + head).to(tl.int32)
+        first = max(start - behind, 0) // STEP * STEP
+        return head, length, start + tl.arange(0, OWN), first, min(start + OWN + ahead, end)
 
     @triton.jit
-    def _load(X, head, rows, n, D: tl.constexpr):
+    def _load(X, head, rows, n, D):
         """These of the n rows of a head, (rows, D); zeros beyond the last."""
         at = X + head * n * D + (rows[:, None] * D + tl.arange(0, D))
         return tl.load(at, rows[:, None] < n, other=0.0)
 
     @triton.jit
-    def _store(X, head, rows, n, values, D: tl.constexpr):
+    def _store(X, head, rows, n, values, D):
         at = X + head * n * D + (rows[:, None] * D + tl.arange(0, D))
         tl.store(at, values, rows[:, None] < n)
 
     @triton.jit
-    def _walk(start, end, behind, ahead, OWN: tl.constexpr, STEP: tl.constexpr):
-        """(first, last): the tiles first, first + STEP, ... below last cover, within 0 ... end - 1,
-        what lies up to `behind` before one's own tile and up to `ahead` after it.
-
-        With the sparse mask of grids up to 64 nothing else has to be skipped: a tile in between
-        meets OWN + STEP - 1 values of i - j, more than the gap of grid - kernel between two rows.
-        """
-        return max(start - behind, 0) // STEP * STEP, min(start + OWN + ahead, end)
-
-    @triton.jit
-    def _scores(x, y, i, j, length, RULE: tl.constexpr):
+    def _scores(x, y, i, j, length, RULE):
         """S = x y^T in units of log 2, -inf where `allowed` says no; x are queries and y keys, or
         the other way round."""
         s = _dot(x, tl.trans(y)) * (1.4426950408889634 * x.shape[1] ** -0.5)
         return tl.where(_allowed(i, j, length, RULE[0], RULE[1], RULE[2]), s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: tl.constexpr,
-                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr, D: constexpr,
+                 OWN: constexpr, STEP: constexpr):
         """O and the log-sum-exp of one tile of queries, over the keys that it sees."""
-        head, length, start, i = _program(LENGTHS, OWN)
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
         q = _load(Q, head, i, n, D)
         # Finite and positive floors: a row that sees no key ends with 0 / 1e-30.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
         total = tl.full([OWN], 1e-30, tl.float32)  # running sum of exp(S - top)
         acc = tl.zeros([OWN, D], tl.float32)  # running sum of exp(S - top) V
-        first, last = _walk(start, length, behind, ahead, OWN, STEP)
-        for j0 in range(first, last, STEP):
+        for j0 in range(first, min(last, length), STEP):
             j = j0 + tl.arange(0, STEP)
             k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
             s = _scores(q, k, i[:, None], j[None, :], length, RULE)
@@ -584,14 +576,13 @@ if triton is not None:
 
     @triton.jit
     def _backward_q(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DQ, n, m, behind, ahead,
-                    RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+                    RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
         """dQ = dS K / sqrt(d) of one tile of queries, over the keys that it sees."""
-        head, length, start, i = _program(LENGTHS, OWN)
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
         q, grad = _load(Q, head, i, n, D), _load(GRAD, head, i, n, D)
         lse, delta = _load(LSE, head, i, n, 1), _load(DELTA, head, i, n, 1)  # (OWN, 1)
         dq = tl.zeros([OWN, D], tl.float32)
-        first, last = _walk(start, length, behind, ahead, OWN, STEP)
-        for j0 in range(first, last, STEP):
+        for j0 in range(first, min(last, length), STEP):
             j = j0 + tl.arange(0, STEP)
             k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
             p = tl.exp2(_scores(q, k, i[:, None], j[None, :], length, RULE) - lse)
@@ -601,14 +592,13 @@ if triton is not None:
 
     @triton.jit
     def _backward_kv(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DK, DV, n, m, behind, ahead,
-                     RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+                     RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
         """dK = dS^T Q / sqrt(d) and dV = P^T dO of one tile of keys, over the queries that see it.
         S, P and dS are held transposed, keys by queries."""
-        head, length, start, j = _program(LENGTHS, OWN)
+        # Keys are seen from as far ahead as queries see behind.
+        head, length, j, first, last = _program(LENGTHS, n, ahead, behind, OWN, STEP)
         k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
         dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
-        # Keys are seen from as far ahead as queries see behind.
-        first, last = _walk(start, n, ahead, behind, OWN, STEP)
         for i0 in range(first, last, STEP):
             i = i0 + tl.arange(0, STEP)
             q, grad = _load(Q, head, i, n, D), _load(GRAD, head, i, n, D)
@@ -621,18 +611,25 @@ if triton is not None:
         _store(DV, head, j, m, dv, D)
 
 
+def launch(kernel, rows, rule, q, k, *tensors):
+    """Run a kernel on every tile of its own `rows`, in steps of 32 rows of the other side."""
+    (heads, n, d), m, (causal, side, grid) = q.shape, k.shape[1], rule
+    behind = (grid + 1) * (side // 2) if side else n
+    ahead = 0 if causal else m
+    own = 128 // q.element_size()  # these, and warps for wide rows, fit memory and registers
+    kernel[triton.cdiv(rows, own), heads](q, k, *tensors, n, m, behind, ahead, rule, d, own, 32,
+                                          num_warps=d // 16)
+
+
 class Fused(torch.autograd.Function):
     """The kernels above as one differentiable function of contiguous q, k, v (B * H, n, d)."""
 
     @staticmethod
     def forward(ctx, q, k, v, lengths, rule):
-        (heads, n, d), m, (causal, kernel, grid) = q.shape, k.shape[1], rule
-        behind = (grid + 1) * (kernel // 2) if kernel else n
-        ahead = 0 if causal else m
-        out, lse = torch.empty_like(q), q.new_empty(heads, n, dtype=torch.float32)
-        ctx.sizes = n, m, behind, ahead, rule, d, OWN, STEP
-        _forward[triton.cdiv(n, OWN), heads](q, k, v, out, lse, lengths, *ctx.sizes)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        launch(_forward, q.shape[1], rule, q, k, v, out, lse, lengths)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
+        ctx.rule = rule
         return out
 
     @staticmethod
@@ -642,8 +639,8 @@ class Fused(torch.autograd.Function):
         delta = (grad.float() * out).sum(-1)                            # (B * H, n)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         common = q, k, v, grad, lse, delta, lengths
-        _backward_q[triton.cdiv(q.shape[1], OWN), len(q)](*common, dq, *ctx.sizes)
-        _backward_kv[triton.cdiv(k.shape[1], OWN), len(q)](*common, dk, dv, *ctx.sizes)
+        launch(_backward_q, q.shape[1], ctx.rule, *common, dq)
+        launch(_backward_kv, k.shape[1], ctx.rule, *common, dk, dv)
         return dq, dk, dv, None, None
 
 
@@ -662,19 +659,19 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, fused=None)
       32, 64 or 128 and any type but float64, torch elsewhere; True or False insists.
     A query that sees no key gives zeros, and no gradient.
     """
-    n, m, rule = q.shape[2], k.shape[2], (causal or kernel > 0, kernel, grid)
+    m, rule = k.shape[2], (causal or kernel > 0, kernel, grid)
+    if lengths is None:
+        lengths = torch.full(q.shape[:1], m, device=q.device)
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
     if fused:
         heads = (x.flatten(0, 1).contiguous() for x in (q, k, v))       # (B * H, n, d)
-        full = torch.full(q.shape[:1], m, device=q.device)
-        lengths = full if lengths is None else lengths.clamp(max=m)
-        return Fused.apply(*heads, lengths.repeat_interleave(q.shape[1]), rule).view_as(q)
-    length = m if lengths is None else lengths[:, None, None, None]
-    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)[None]
-    seen = allowed(i, j, length, *rule)  # torch, too, gives 0 for no key
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        lengths = lengths.clamp(max=m).repeat_interleave(q.shape[1])
+        return Fused.apply(*heads, lengths, rule).view_as(q)
+    i, j = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+    seen = allowed(i[:, None], j, lengths[:, None, None, None], *rule)
+    return F.scaled_dot_product_attention(q, k, v, seen)  # torch, too, gives 0 for no key
 
 
 # --- files and walk-through ----------------------------------------------------------------------
@@ -698,18 +695,18 @@ def load(path):
 
 
 def seconds(work):
-    """The shortest time of one call of work(), called for at least 0.3 seconds."""
+    """The median time of one call of work()."""
     timer = Timer("work()", globals=locals(), num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=0.3).times)
+    return timer.blocked_autorange().median
 
 
 def main():
     """Every step on a tiny example, parameter counts against Parti's Table 1, speed."""
-    model = Parti(PRESETS["tiny"]).eval()
-    text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(8_192, (2, 64))
-    for name, value in (("text", text), ("encoded text", model.encoder(text)[0]),
-                        ("image tokens", tokens), ("logits", model(text, tokens)),
-                        ("sampled", model.generate(text, guidance=1.2))):
+    model, text = Parti(PRESETS["tiny"]).eval(), torch.randint(4, 300, (2, 9))
+    words, _ = model.encoder(text)
+    tokens = model.generate(text, guidance=1.2)
+    for name, value in (("text", text), ("encoded text", words), ("sampled tokens", tokens),
+                        ("logits", model(text, tokens))):
         print(f"{name:15}{tuple(value.shape)}")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
@@ -717,23 +714,22 @@ def main():
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n)
         print(f"{name:15}{blocks:,} parameters in the blocks (Parti Table 1)")
 
-    device, dtype, config, batch = "cpu", torch.float32, replace(PRESETS["mini"], width=512), 4
+    device, dtype, config = "cpu", torch.float32, replace(PRESETS["mini"], width=512, heads=8)
     if torch.cuda.is_available():
-        device, dtype, config, batch = "cuda", torch.bfloat16, PRESETS["350m"], 16
-    a, big = torch.randn(2_048, 2_048, device=device, dtype=dtype), torch.ones(2**26, device=device)
-    rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), big.nbytes / seconds(big.sum)
+        device, dtype, config = "cuda", torch.bfloat16, PRESETS["350m"]
+    with torch.device(device):
+        model, a, memory = Parti(config), torch.randn(2_048, 2_048, dtype=dtype), torch.ones(2**26)
+        text = torch.ones(8, config.text_length, dtype=torch.int64)
+        tokens = torch.zeros(8, config.tokens, dtype=torch.int64)
+    rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), memory.nbytes / seconds(memory.sum)
     print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, reads {bandwidth / 1e9:,.1f} GB/s")
-    model = Parti(config).to(device)
-    text = torch.ones(batch, config.text_length, device=device, dtype=torch.int64)
-    tokens = torch.zeros(batch, config.tokens, device=device, dtype=torch.int64)
     weights = sum(p.numel() for p in model.blocks.parameters())  # most of the work is theirs
     with torch.autocast(device, dtype, enabled=device == "cuda"):
-        spent = seconds(lambda: model(text, tokens).logsumexp(-1).mean().backward())
-        print(f"training, batch {batch}: {tokens.numel() / spent:,.0f} tokens/s, "
-              f"{6 * weights * tokens.numel() / spent / rate:.0%} of the matmul rate")
-        spent = seconds(lambda: model.eval().generate(text[:1])) / config.tokens
-        print(f"sampling, batch 1: {1 / spent:,.0f} tokens/s, "
-              f"{weights * dtype.itemsize / spent / bandwidth:.0%} of reading memory")
+        train = tokens.numel() / seconds(lambda: model(text, tokens).logsumexp(-1).sum().backward())
+        draw = config.tokens / seconds(lambda: model.eval().generate(text[:1]))
+    print(f"training: {train:,.0f} tokens/s, {6 * weights * train / rate:.0%} of that rate")
+    print(f"sampling, batch 1: {draw:,.0f} tokens/s, "
+          f"{weights * dtype.itemsize * draw / bandwidth:.0%} of that bandwidth")
 
 
 if __name__ == "__main__":

@@ -1454,8 +1454,6 @@ REFUSED = [
     (lambda *_: replace(SMALL, width=100, heads=3), "100 3"),
     (lambda *_: replace(SMALL, kernel=4), "4 odd"),
     (lambda *_: tokenizer_and_images()[0].encode(torch.rand(1, 3, 48, 48)), "32 48"),
-    (lambda *_: small_prior()[0](torch.ones(1, 13).long(), torch.ones(1, 16).long()), "13 12"),
-    (lambda *_: prior.attention(*torch.ones(3, 1, 1, 4, 8), kernel=4, grid=2), "odd 4 2"),
     (lambda *_: Discriminator(96), "96"),
     (lambda *_: data.check(np.zeros((64, 64, 3), np.uint8), "a dog"), "'a dog'"),
     (lambda *_: data.pick("tpu"), "tpu cpu"),
