@@ -508,6 +508,7 @@ def conv_offsets(kernel, grid):
 if triton is not None:
     _allowed = triton.jit(allowed)
     INTERPRET = constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+    OWN, STEP = constexpr(64), constexpr(32)  # rows of a tile of its own, and of the other side
 
     @triton.jit
     def _dot(a, b):
@@ -517,7 +518,7 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _program(LENGTHS, end, behind, ahead, OWN, STEP):
+    def _program(LENGTHS, end, behind, ahead):
         """What this program works on: its head, the number of keys to see there, the positions of
         its own tile; and (first, last): the tiles of the other side, first, first + STEP, ... below
         last, cover what lies up to `behind` before its own and `ahead` after it, within `end`.
@@ -549,10 +550,10 @@ if triton is not None:
         return tl.where(_allowed(i, j, length, RULE[0], RULE[1], RULE[2]), s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr, D: constexpr,
-                 OWN: constexpr, STEP: constexpr):
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr,
+                 D: constexpr):
         """O and the log-sum-exp of one tile of queries, over the keys that it sees."""
-        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead)
         q = _load(Q, head, i, n, D)
         # Finite and positive floors: a row that sees no key ends with 0 / 1e-30.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
@@ -576,9 +577,9 @@ if triton is not None:
 
     @triton.jit
     def _backward_q(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DQ, n, m, behind, ahead,
-                    RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
+                    RULE: constexpr, D: constexpr):
         """dQ = dS K / sqrt(d) of one tile of queries, over the keys that it sees."""
-        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead)
         q, grad = _load(Q, head, i, n, D), _load(GRAD, head, i, n, D)
         lse, delta = _load(LSE, head, i, n, 1), _load(DELTA, head, i, n, 1)  # (OWN, 1)
         dq = tl.zeros([OWN, D], tl.float32)
@@ -592,11 +593,11 @@ if triton is not None:
 
     @triton.jit
     def _backward_kv(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DK, DV, n, m, behind, ahead,
-                     RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
+                     RULE: constexpr, D: constexpr):
         """dK = dS^T Q / sqrt(d) and dV = P^T dO of one tile of keys, over the queries that see it.
         S, P and dS are held transposed, keys by queries."""
         # Keys are seen from as far ahead as queries see behind.
-        head, length, j, first, last = _program(LENGTHS, n, ahead, behind, OWN, STEP)
+        head, length, j, first, last = _program(LENGTHS, n, ahead, behind)
         k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
         dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
         for i0 in range(first, last, STEP):
@@ -612,13 +613,12 @@ if triton is not None:
 
 
 def launch(kernel, rows, rule, q, k, *tensors):
-    """Run a kernel on every tile of its own `rows`, in steps of 32 rows of the other side."""
+    """Run a kernel on every tile of its own `rows`, with more warps for longer ones."""
     (heads, n, d), m, (causal, side, grid) = q.shape, k.shape[1], rule
     behind = (grid + 1) * (side // 2) if side else n
     ahead = 0 if causal else m
-    own = 128 // q.element_size()  # these, and warps for wide rows, fit memory and registers
-    kernel[triton.cdiv(rows, own), heads](q, k, *tensors, n, m, behind, ahead, rule, d, own, 32,
-                                          num_warps=d // 16)
+    kernel[triton.cdiv(rows, OWN.value), heads](q, k, *tensors, n, m, behind, ahead, rule, d,
+                                                num_warps=d * q.element_size() // 32)
 
 
 class Fused(torch.autograd.Function):
