@@ -51,7 +51,7 @@ class PriorConfig:
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.kernel < 0 or (self.kernel > 0 and self.kernel % 2 == 0):
+        if self.kernel and self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel}: give an odd side, or 0 for dense attention")
 
     @property
@@ -703,10 +703,10 @@ def seconds(work):
 def main():
     """Every step on a tiny example, parameter counts against Parti's Table 1, speed."""
     model, text = Parti(PRESETS["tiny"]).eval(), torch.randint(4, 300, (2, 9))
-    words, _ = model.encoder(text)
     tokens = model.generate(text, guidance=1.2)
-    for name, value in (("text", text), ("encoded text", words), ("sampled tokens", tokens),
-                        ("logits", model(text, tokens))):
+    steps = {"text": text, "encoded text": model.encoder(text)[0], "sampled tokens": tokens,
+             "logits": model(text, tokens)}
+    for name, value in steps.items():
         print(f"{name:15}{tuple(value.shape)}")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
@@ -717,19 +717,21 @@ def main():
     device, dtype, config = "cpu", torch.float32, replace(PRESETS["mini"], width=512, heads=8)
     if torch.cuda.is_available():
         device, dtype, config = "cuda", torch.bfloat16, PRESETS["350m"]
-    with torch.device(device):
-        model, a, memory = Parti(config), torch.randn(2_048, 2_048, dtype=dtype), torch.ones(2**26)
-        text = torch.ones(8, config.text_length, dtype=torch.int64)
-        tokens = torch.zeros(8, config.tokens, dtype=torch.int64)
+    a = torch.randn(2_048, 2_048, device=device, dtype=dtype)
+    memory = torch.ones(2**26, device=device)
     rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), memory.nbytes / seconds(memory.sum)
     print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, reads {bandwidth / 1e9:,.1f} GB/s")
+    model = Parti(config).to(device)
+    text = torch.ones(8, config.text_length, device=device).long()
+    tokens = torch.zeros(8, config.tokens, device=device).long()
     weights = sum(p.numel() for p in model.blocks.parameters())  # most of the work is theirs
     with torch.autocast(device, dtype, enabled=device == "cuda"):
-        train = tokens.numel() / seconds(lambda: model(text, tokens).logsumexp(-1).sum().backward())
-        draw = config.tokens / seconds(lambda: model.eval().generate(text[:1]))
-    print(f"training: {train:,.0f} tokens/s, {6 * weights * train / rate:.0%} of that rate")
-    print(f"sampling, batch 1: {draw:,.0f} tokens/s, "
-          f"{weights * dtype.itemsize * draw / bandwidth:.0%} of that bandwidth")
+        spent = seconds(lambda: model(text, tokens).logsumexp(-1).mean().backward())
+        step = seconds(lambda: model.generate(text[:1])) / config.tokens
+    print(f"training: {tokens.numel() / spent:,.0f} tokens/s, "
+          f"{6 * weights * tokens.numel() / spent / rate:.0%} of the matmul rate")
+    print(f"sampling one picture: {1 / step:,.0f} tokens/s, "
+          f"{weights * dtype.itemsize / step / bandwidth:.0%} of the bandwidth")
 
 
 if __name__ == "__main__":
