@@ -758,7 +758,7 @@ CASES = [  # queries, keys, head width, causal, kernel, grid, padded, type
     (65, 65, 32, True, 3, 7, False, torch.float16),
     (67, 130, 64, False, 0, 0, True, torch.bfloat16),
     (1, 1, 128, True, 0, 0, False, torch.bfloat16),
-    (400, 400, 16, True, 11, 32, False, torch.float64)]  # torch alone: several blocks
+    (400, 400, 16, True, 11, 32, False, torch.float64)]  # torch alone
 
 
 @pytest.mark.parametrize("fused", [True, False])
