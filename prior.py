@@ -550,8 +550,7 @@ if triton is not None:
         return tl.where(_allowed(i, j, length, RULE[0], RULE[1], RULE[2]), s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr,
-                 D: constexpr):
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr, D: constexpr):
         """O and the log-sum-exp of one tile of queries, over the keys that it sees."""
         head, length, i, first, last = _program(LENGTHS, m, behind, ahead)
         q = _load(Q, head, i, n, D)
