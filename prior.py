@@ -23,6 +23,7 @@ from vqgan import Tower, VQGANConfig, patchify, read
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:  # no Triton: torch's own attention serves
     triton = None
 
@@ -50,7 +51,7 @@ class PriorConfig:
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.kernel < 0 or (self.kernel > 0 and self.kernel % 2 == 0):
+        if self.kernel and self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel}: give an odd side, or 0 for dense attention")
 
     @property
@@ -60,10 +61,10 @@ class PriorConfig:
 
 
 PRESETS = {  # Parti Table 1; tiny is for the built-in scenes, mini for a laptop's own pictures
-    "tiny": PriorConfig(text_vocab=0, text_length=32, codes=0, grid=8, width=128, heads=8, mlp=512,
-                        encoder_layers=2, decoder_layers=4, dropout=0.0),
-    "mini": PriorConfig(text_vocab=0, text_length=64, codes=0, grid=16, width=192, heads=6, mlp=768,
-                        encoder_layers=2, decoder_layers=4, dropout=0.0),
+    "tiny": PriorConfig(text_length=32, grid=8, width=128, heads=8, mlp=512, encoder_layers=2,
+                        decoder_layers=4, dropout=0.0),
+    "mini": PriorConfig(text_length=64, grid=16, width=192, heads=6, mlp=768, encoder_layers=2,
+                        decoder_layers=4, dropout=0.0),
     "350m": PriorConfig(),
     "750m": PriorConfig(decoder_layers=36),
     "3b": PriorConfig(width=2_048, heads=32, mlp=8_192, decoder_layers=36),
@@ -88,12 +89,12 @@ def linear_float32(x, weight):
 
 class Attention(nn.Module):
     """Multi-head attention without biases; queries from x, keys and values from a context (Parti
-    §2.2, which takes the encoder-decoder of Vaswani et al.). causal, kernel, grid: see `attention`.
-    """
+    §2.2, which takes the encoder-decoder of Vaswani et al.). rule: causal, kernel and grid of
+    `attention`; without them a query sees all."""
 
-    def __init__(self, config, causal=False, kernel=0, grid=0):
+    def __init__(self, config, *rule):
         super().__init__()
-        self.heads, self.rule = config.heads, (causal, kernel, grid)
+        self.heads, self.rule = config.heads, rule
         D = config.width
         self.q, self.kv, self.out = (nn.Linear(D, n * D, bias=False) for n in (1, 2, 1))
 
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         """x (B, Nq, D), context (B, Nk, D), of which lengths (B,) count -> (B, Nq, D)."""
         [q] = split_heads(self.q(x), 1, self.heads)                     # (B, H, Nq, d)
         k, v = split_heads(self.kv(context), 2, self.heads)             # (B, H, Nk, d)
-        y = attention(q, k, v, *self.rule, lengths)                     # (B, H, Nq, d)
+        y = attention(q, k, v, *self.rule, lengths=lengths)             # (B, H, Nq, d)
         return self.out(y.transpose(1, 2).flatten(2))                   # (B, Nq, D)
 
 
@@ -112,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, config, cross=False):
         super().__init__()
         D, M = config.width, config.mlp
-        rule = (True, config.kernel, config.grid) if cross else (False, 0, 0)
+        rule = (True, config.kernel, config.grid) if cross else ()
         self.norm1, self.attention = nn.LayerNorm(D), Attention(config, *rule)
         if cross:
             self.norm2, self.cross = nn.LayerNorm(D), Attention(config)
@@ -141,12 +142,11 @@ class CachedBlock:
 
     def __init__(self, block, words, size):
         attention, cross, rows = block.attention, block.cross, len(words)
-        self.heads = attention.heads
+        self.block, self.heads = block, attention.heads
         text = split_heads(cross.kv(words), 2, self.heads).contiguous()  # (2, B, H, T, d)
         dtype = text.dtype  # which autocast chose
         self.text = text if text.is_cuda else text.float()
         self.past = self.text.new_zeros(*text.shape[:3], size, text.shape[-1])
-        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
         self.qkv = few_rows(torch.cat([attention.q.weight, attention.kv.weight]), dtype, rows)
         self.out = few_rows(attention.out.weight, dtype, rows)
         self.cross_q = few_rows(cross.q.weight, dtype, rows)
@@ -157,16 +157,16 @@ class CachedBlock:
     def step(self, x, slot, seen, inside):
         """Block.forward for one position, x (B, D) -> (B, D). Its keys and values go to the slot, a
         tensor (1,); seen (1, size), inside (B, 1, 1, T) are the masks, added to the scores."""
-        h = self.norm1(x)
+        h = self.block.norm1(x)
         qkv = split_heads(self.qkv(h)[:, None], 3, self.heads).to(self.past)  # (3, B, H, 1, d)
         self.past.index_copy_(3, slot, qkv[1:])
         y = F.scaled_dot_product_attention(qkv[0], *self.past, seen)    # (B, H, 1, d)
         x = x + self.out(y.flatten(1))                                  # (B, D)
-        h = self.norm2(x)
+        h = self.block.norm2(x)
         [q] = split_heads(self.cross_q(h)[:, None], 1, self.heads).to(self.text)
         y = F.scaled_dot_product_attention(q, *self.text, inside)       # (B, H, 1, d)
         x = x + self.cross_out(y.flatten(1))                            # (B, D)
-        h = self.norm3(x)
+        h = self.block.norm3(x)
         h = F.gelu(self.up(h))
         return x + self.down(h)
 
@@ -176,7 +176,7 @@ def few_rows(weight, dtype, rows):
     reading the weight (n_out, n_in), kept in dtype; then a CPU has faster ways than F.linear."""
     if weight.is_cpu and dtype == torch.float32:  # MKL multiplies W x^T faster than x W^T
         return lambda x: (weight @ x.contiguous().t()).t()
-    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine in ("x86", "fbgemm"):
+    if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine == "x86":
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # sums in float32
     weight = weight.to(dtype)
@@ -198,7 +198,7 @@ class TextEncoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, text):
-        if text.ndim != 2 or text.shape[1] > len(self.positions):
+        if text.shape[1] > len(self.positions):
             raise ValueError(f"text {tuple(text.shape)}: give (B, T), T <= {len(self.positions)}")
         lengths = (text != 0).sum(1).clamp(min=1)                       # (B,)
         x = self.drop(self.embed(text) + self.positions[: text.shape[1]])   # (B, T, D)
@@ -243,7 +243,6 @@ class Parti(nn.Module):
             x = block(x, text=words, text_lengths=lengths)
         return self.logits(x)                                           # (B, N, K)
 
-    @torch.no_grad()
     def generate(self, text, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """text (B, T) -> image tokens (B, N), drawn one after the other with a cache (Parti §2.4).
 
@@ -251,16 +250,17 @@ class Parti(nn.Module):
         temperature (0: always the likeliest code), top_k (0: off), top_p (1: off) act after it.
         generator: of random numbers, on the same device. The model should be in eval mode."""
         guided = guidance != 1.0  # two streams in one batch: the second has no text
-        step = CachedDecoder(self, torch.cat([text, torch.zeros_like(text)]) if guided else text)
-        tokens = [text.new_full((len(text),), self.config.codes)]  # the start
+        both = torch.cat([text, torch.zeros_like(text)]) if guided else text
+        tokens = text.new_full((len(text), 1 + self.config.tokens), self.config.codes)  # the start
         with torch.inference_mode():  # cheaper operations: what they make can never be trained
+            step = CachedDecoder(self, both)
             for i in range(self.config.tokens):
-                logits = step(i, tokens[-1].repeat(1 + guided))         # (B or 2B, K)
+                logits = step(i, tokens[:, i].repeat(1 + guided))       # (B or 2B, K)
                 if guided:
                     logits = guide(*logits.chunk(2), guidance)
-                logits = truncate(logits / max(temperature, 1e-8), top_k, top_p)
-                tokens.append(draw(logits, generator))
-        return torch.stack(tokens[1:], dim=1)  # outside of that mode: usable in training
+                p = truncate(logits / max(temperature, 1e-8), top_k, top_p).softmax(-1)
+                tokens[:, i + 1] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return tokens[:, 1:]
 
 
 class CachedDecoder:
@@ -273,52 +273,45 @@ class CachedDecoder:
     def __init__(self, prior, text):
         config, device = prior.config, text.device
         words, lengths = prior.encoder(text)                            # (B, T, D)
-        self.size = min(span(True, config.kernel, config.grid, config.tokens)[0] + 1, config.tokens)
+        i = torch.arange(config.tokens, device=device)[:, None]         # (N, 1)
+        rule = config.tokens, True, config.kernel, config.grid
+        self.size = 1 + i[allowed(i, 0, *rule)].max().item()  # no later query sees position 0
         self.blocks = [CachedBlock(block, words, self.size) for block in prior.blocks]
         self.norm, self.head = prior.norm, few_rows(prior.head.weight, torch.float32, len(text))
         self.embed = torch.cat([prior.embed.weight, prior.start[None]])  # token K is the start
         self.positions = prior.positions()                              # (N, D)
         # At position i slot s holds the key of the last position j = s (mod size) up to i. What is
         # added to scores is 0 = log 1 for the keys to see, and -inf = log 0.
-        i = torch.arange(config.tokens, device=device)[:, None]
         j = i - (i - torch.arange(self.size, device=device)) % self.size
-        seen = allowed(i, j, config.tokens, True, config.kernel, config.grid)
         inside = torch.arange(words.shape[1], device=device) < lengths[:, None, None, None]
-        self.seen, self.inside = (x.to(self.blocks[0].past).log() for x in (seen, inside))
-        self.i, self.tokens = torch.zeros_like(text[0, :1]), torch.zeros_like(text[:, 0])
-        self.graph = None
-        if text.is_cuda:
-            self.capture()
+        self.seen = allowed(i, j, *rule).to(self.blocks[0].past).log()  # (N, size)
+        self.inside = inside.to(self.blocks[0].past).log()              # (B, 1, 1, T)
+        self.i, self.tokens = text.new_zeros(1), text.new_zeros(len(text))
+        self.graph = torch.cuda.CUDAGraph() if text.is_cuda else None
+        if self.graph:
+            self.step()  # once outside of the graph: libraries set themselves up
+            # Other threads, such as one that pins a loader's memory, may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self.step()
 
     def __call__(self, i, tokens):
         """Position i and the tokens (B,) before it (K at position 0) -> logits (B, K)."""
         self.i.fill_(i)
         self.tokens.copy_(tokens)
-        if self.graph is None:
+        if not self.graph:
             return self.step()
         self.graph.replay()
         return self.logits.clone()
 
     def step(self):
-        """Parti.forward for position self.i, which follows self.tokens."""
+        """Parti.forward for position self.i, which follows self.tokens: on a GPU always the same
+        kernels on the same memory."""
         with torch.autocast(self.i.device.type, enabled=False):  # the weights are cast already
-            x = F.embedding(self.tokens, self.embed) + self.positions[self.i]   # (B, D)
+            x = self.embed[self.tokens] + self.positions[self.i]        # (B, D)
             slot, seen = self.i % self.size, self.seen[self.i]
             for block in self.blocks:
                 x = block.step(x, slot, seen, self.inside)
             return self.head(self.norm(x))                              # (B, K)
-
-    def capture(self):
-        """Record the kernels of a step, which always reads and writes the same memory."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once outside of the graph: libraries set themselves up
-            self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins a loader's memory, may go on meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self.step()
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -339,13 +332,8 @@ def truncate(logits, top_k=0, top_p=1.0):
         values[:, top_k:] = -math.inf
     p = values.softmax(-1)
     before = p.cumsum(-1) - p  # what the likelier codes hold
-    values[:, 1:] = values[:, 1:].masked_fill(before[:, 1:] >= top_p, -math.inf)
+    values[:, 1:][before[:, 1:] >= top_p] = -math.inf
     return logits.scatter(1, order, values)
-
-
-def draw(logits, generator=None):
-    """One code (B,) from each row of logits (B, K)."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 # --- contrastive text-image model -----------------------------------------------------------------
@@ -380,7 +368,7 @@ class DualEncoder(nn.Module):
     def embed_images(self, images):
         """images (B, 3, S, S) in [0, 1] -> unit vectors (B, D) in float32."""
         features = self.image(patchify(images, self.patch))             # (B, N, D)
-        return F.normalize(features.float().mean(1), dim=-1)
+        return F.normalize(features.mean(1), dim=-1)
 
     def forward(self, text, images, hidden):
         """-> text vectors, image vectors, both (B, D), temperature factor (capped at 100), logits
@@ -437,16 +425,19 @@ class Adafactor(torch.optim.Optimizer):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         t = state["step"] = state.get("step", 0) + 1
         fresh = (1 - beta2) / (1 - beta2**t)  # 1 at first: then the average of all g^2
+
+        def average(name, value):
+            state[name] = state.get(name, value).lerp(value, fresh)
+            return state[name]
+
         square = grad.square() + 1e-30
         if p.ndim >= 2:  # only the mean of each row and of each column is kept
-            rows, columns = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
-            rows = state["rows"] = state.get("rows", rows).lerp(rows, fresh)
-            columns = state["columns"] = state.get("columns", columns).lerp(columns, fresh)
+            rows = average("rows", square.mean(-1, keepdim=True))
+            columns = average("columns", square.mean(-2, keepdim=True))
             # Two roots: the product of two tiny means would be 0, and the update NaN.
             update = grad * ((rows / rows.mean(-2, keepdim=True)).rsqrt() * columns.rsqrt())
         else:
-            square = state["square"] = state.get("square", square).lerp(square, fresh)
-            update = grad * square.rsqrt()
+            update = grad * average("square", square).rsqrt()
         update = update / (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
         # Loading a checkpoint makes all state float32 (torch): the same numbers, int8 again below.
         momentum = state.get("momentum", torch.zeros_like(update)) * state.get("bucket", 1)
@@ -465,13 +456,12 @@ def initialise(model):
     the papers are silent on them."""
     for name, p in model.named_parameters():
         table = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
-        table = table and name != "image.embed.weight"  # that is a linear map
-        # Linear maps keep the variance of unit-scale inputs. Tables are as loud as what attention
-        # adds, else words drown in early mixing.
         if name == "head.weight":
             nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K
-        elif table or p.ndim == 2:
-            nn.init.normal_(p, std=1 if table else p.shape[1] ** -0.5)
+        elif table and name != "image.embed.weight":  # that is a linear map
+            nn.init.normal_(p)  # as loud as what attention adds, else words drown in early mixing
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the variance of unit-scale inputs
         # GPT-2: the sum over all residual branches keeps the variance. Cross-attention is left as
         # loud as it is: pictures must not outshout the text.
         if name.endswith(("attention.out.weight", "down.weight")):
@@ -480,8 +470,8 @@ def initialise(model):
 
 
 # --- which key a query sees ----------------------------------------------------------------------
-# The functions below are plain arithmetic on purpose: the same lines run on Python integers, on
-# torch tensors (masks) and, compiled by Triton, inside every kernel, so that no two can disagree.
+# Plain arithmetic on purpose: the same lines run on Python integers, on torch tensors (masks) and,
+# compiled by Triton, inside every kernel, so that no two can disagree.
 
 
 def allowed(i, j, length, causal, kernel, grid):
@@ -503,23 +493,6 @@ def allowed(i, j, length, causal, kernel, grid):
     return visible
 
 
-def span(causal, kernel, grid, far):
-    """How many positions before and after its own a query sees at most; `far` where it sees all."""
-    return (grid + 1) * (kernel // 2) if kernel else far, 0 if causal else far
-
-
-def tile_range(start, size, step, end, behind, ahead):
-    """(first, last) of the tiles that the tile of positions start ... start + size - 1 meets: they
-    begin at first, first + step, ... below last, and cover what lies up to `behind` before the
-    tile and up to `ahead` after it, within 0 ... end - 1.
-
-    With the sparse mask of grids up to 64 nothing else has to be skipped: a tile in between spans
-    size + step - 1 values of i - j, more than the gap of grid - kernel between two rows.
-    """
-    first = max(start - behind, 0) // step * step
-    return first, min(start + size + ahead, end)
-
-
 def conv_offsets(kernel, grid):
     """The values of i - j that the conv-shaped mask allows, ascending: {0, 1, 3, 4, 5} for a 3 x 3
     kernel on a 4 x 4 grid, 61 values up to 165 for 11 x 11 on 32 x 32."""
@@ -530,12 +503,13 @@ def conv_offsets(kernel, grid):
 # With S = Q K^T / sqrt(d), masked, P = softmax(S) and O = P V, no N x N matrix is ever in memory:
 # each program keeps one tile of rows and walks over the tiles of the other side. Exponentials are
 # powers of 2 (what the hardware computes), hence S in units of log 2 wherever an exponent is taken.
-# Tensors are contiguous, (B, H, n, D) of queries and (B, H, m, D) of keys; programs are numbered
-# (tile, head, picture). RULE is (causal, kernel, grid), behind and ahead are its `span`.
+# Tensors are contiguous, (B * H, n, D) of queries and (B * H, m, D) of keys; programs are numbered
+# (tile, head). RULE is (causal, kernel, grid); a query sees keys at most `behind` positions before
+# its own and `ahead` after it.
 
 if triton is not None:
-    _allowed, _tile_range = triton.jit(allowed), triton.jit(tile_range)
-    INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+    _allowed = triton.jit(allowed)
+    INTERPRET = constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
     @triton.jit
     def _dot(a, b):
@@ -545,47 +519,50 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _program(LENGTHS, rows, others, OWN: tl.constexpr):
-        """What this program works on: where its head begins, counted in rows of either side, the
-        number of keys to see, the first position of its own tile, and all of them."""
-        head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        length = tl.load(LENGTHS + tl.program_id(2)).to(tl.int32)
-        start = tl.program_id(0) * OWN
-        return head * rows, head * others, length, start, start + tl.arange(0, OWN)
+    def _program(LENGTHS, end, behind, ahead, OWN, STEP):
+        """What this program works on: its head, the number of keys to see there, the positions of
+        its own tile; and (first, last): the tiles of the other side, first, first + STEP, ... below
+        last, cover what lies up to `behind` before its own and `ahead` after it, within `end`.
+
+        With the sparse mask of grids up to 64 nothing else has to be skipped: a tile in between
+        meets OWN + STEP - 1 values of i - j, more than the gap of grid - kernel between two rows.
+        """
+        head, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * OWN
+        length = tl.load(LENGTHS + head).to(tl.int32)
+        first = max(start - behind, 0) // STEP * STEP
+        return head, length, start + tl.arange(0, OWN), first, min(start + OWN + ahead, end)
 
     @triton.jit
-    def _load(X, head, rows, end, D: tl.constexpr):
-        """These rows of a head, (rows, D); zeros from the row `end` on."""
-        inside = rows[:, None] < end
-        return tl.load(X + head * D + (rows[:, None] * D + tl.arange(0, D)), inside, other=0.0)
+    def _load(X, head, rows, n, D):
+        """These of the n rows of a head, (rows, D); zeros beyond the last."""
+        at = X + head * n * D + (rows[:, None] * D + tl.arange(0, D))
+        return tl.load(at, rows[:, None] < n, other=0.0)
 
     @triton.jit
-    def _store(X, head, rows, end, values, D: tl.constexpr):
-        inside = rows[:, None] < end
-        tl.store(X + head * D + (rows[:, None] * D + tl.arange(0, D)), values, inside)
+    def _store(X, head, rows, n, values, D):
+        at = X + head * n * D + (rows[:, None] * D + tl.arange(0, D))
+        tl.store(at, values, rows[:, None] < n)
 
     @triton.jit
-    def _scores(x, y, i, j, length, RULE: tl.constexpr):
+    def _scores(x, y, i, j, length, RULE):
         """S = x y^T in units of log 2, -inf where `allowed` says no; x are queries and y keys, or
-        the other way round. Unsigned: a cheaper remainder."""
+        the other way round."""
         s = _dot(x, tl.trans(y)) * (1.4426950408889634 * x.shape[1] ** -0.5)
-        i, j = i.to(tl.uint32), j.to(tl.uint32)
         return tl.where(_allowed(i, j, length, RULE[0], RULE[1], RULE[2]), s, float("-inf"))
 
     @triton.jit
-    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: tl.constexpr,
-                 D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    def _forward(Q, K, V, OUT, LSE, LENGTHS, n, m, behind, ahead, RULE: constexpr,
+                 D: constexpr, OWN: constexpr, STEP: constexpr):
         """O and the log-sum-exp of one tile of queries, over the keys that it sees."""
-        own, other, length, start, i = _program(LENGTHS, n, m, OWN)
-        q = _load(Q, own, i, n, D)
-        # A finite floor for the maximum, not -inf: a row that sees no key then ends with l = 0.
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
+        q = _load(Q, head, i, n, D)
+        # Finite and positive floors: a row that sees no key ends with 0 / 1e-30.
         top = tl.full([OWN], -1e30, tl.float32)  # running maximum of S
-        total = tl.zeros([OWN], tl.float32)  # l, running sum of exp(S - top)
+        total = tl.full([OWN], 1e-30, tl.float32)  # running sum of exp(S - top)
         acc = tl.zeros([OWN, D], tl.float32)  # running sum of exp(S - top) V
-        first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
-        for j0 in range(first, last, STEP):
+        for j0 in range(first, min(last, length), STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, other, j, length, D), _load(V, other, j, length, D)
+            k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
             s = _scores(q, k, i[:, None], j[None, :], length, RULE)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new[:, None])
@@ -593,70 +570,67 @@ if triton is not None:
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             top = new
-        total = tl.where(total > 0, total, 1.0)  # nothing visible: the output is 0
-        _store(LSE, own, i, n, (top + tl.log2(total))[:, None], 1)
-        _store(OUT, own, i, n, acc / total[:, None], D)
+        _store(LSE, head, i, n, (top + tl.log2(total))[:, None], 1)
+        _store(OUT, head, i, n, acc / total[:, None], D)
 
     # Both backward kernels compute again P = exp(S - lse), then dP = dO V^T and
     # dS = P * (dP - delta), where delta = sum_j P dP, which is dO . O, for each row.
 
     @triton.jit
-    def _backward_q(Q, K, V, GRAD, LSE, DELTA, DQ, LENGTHS, n, m, behind, ahead,
-                    RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    def _backward_q(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DQ, n, m, behind, ahead,
+                    RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
         """dQ = dS K / sqrt(d) of one tile of queries, over the keys that it sees."""
-        own, other, length, start, i = _program(LENGTHS, n, m, OWN)
-        q, grad = _load(Q, own, i, n, D), _load(GRAD, own, i, n, D)
-        lse, delta = _load(LSE, own, i, n, 1), _load(DELTA, own, i, n, 1)  # (OWN, 1)
+        head, length, i, first, last = _program(LENGTHS, m, behind, ahead, OWN, STEP)
+        q, grad = _load(Q, head, i, n, D), _load(GRAD, head, i, n, D)
+        lse, delta = _load(LSE, head, i, n, 1), _load(DELTA, head, i, n, 1)  # (OWN, 1)
         dq = tl.zeros([OWN, D], tl.float32)
-        first, last = _tile_range(start, OWN, STEP, length, behind, ahead)
-        for j0 in range(first, last, STEP):
+        for j0 in range(first, min(last, length), STEP):
             j = j0 + tl.arange(0, STEP)
-            k, v = _load(K, other, j, length, D), _load(V, other, j, length, D)
+            k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
             p = tl.exp2(_scores(q, k, i[:, None], j[None, :], length, RULE) - lse)
             ds = p * (_dot(grad, tl.trans(v)) - delta)
             dq += _dot(ds.to(k.dtype), k)
-        _store(DQ, own, i, n, dq * D**-0.5, D)
+        _store(DQ, head, i, n, dq * D**-0.5, D)
 
     @triton.jit
-    def _backward_kv(Q, K, V, GRAD, LSE, DELTA, DK, DV, LENGTHS, n, m, behind, ahead,
-                     RULE: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    def _backward_kv(Q, K, V, GRAD, LSE, DELTA, LENGTHS, DK, DV, n, m, behind, ahead,
+                     RULE: constexpr, D: constexpr, OWN: constexpr, STEP: constexpr):
         """dK = dS^T Q / sqrt(d) and dV = P^T dO of one tile of keys, over the queries that see it.
         S, P and dS are held transposed, keys by queries."""
-        own, other, length, start, j = _program(LENGTHS, m, n, OWN)
-        k, v = _load(K, own, j, m, D), _load(V, own, j, m, D)
+        # Keys are seen from as far ahead as queries see behind.
+        head, length, j, first, last = _program(LENGTHS, n, ahead, behind, OWN, STEP)
+        k, v = _load(K, head, j, m, D), _load(V, head, j, m, D)
         dk, dv = tl.zeros([OWN, D], tl.float32), tl.zeros([OWN, D], tl.float32)
-        # Keys are seen from as far ahead as queries see behind; padding is seen from nowhere.
-        end = tl.where(start < length, n, 0)
-        first, last = _tile_range(start, OWN, STEP, end, ahead, behind)
         for i0 in range(first, last, STEP):
             i = i0 + tl.arange(0, STEP)
-            q, grad = _load(Q, other, i, n, D), _load(GRAD, other, i, n, D)
-            lse, delta = _load(LSE, other, i, n, 1), _load(DELTA, other, i, n, 1)  # (STEP, 1)
+            q, grad = _load(Q, head, i, n, D), _load(GRAD, head, i, n, D)
+            lse, delta = _load(LSE, head, i, n, 1), _load(DELTA, head, i, n, 1)  # (STEP, 1)
             p = tl.exp2(_scores(k, q, i[None, :], j[:, None], length, RULE) - tl.trans(lse))
             ds = p * (_dot(v, tl.trans(grad)) - tl.trans(delta))
             dk += _dot(ds.to(q.dtype), q)
             dv += _dot(p.to(grad.dtype), grad)
-        _store(DK, own, j, m, dk * D**-0.5, D)
-        _store(DV, own, j, m, dv, D)
+        _store(DK, head, j, m, dk * D**-0.5, D)
+        _store(DV, head, j, m, dv, D)
 
 
 def launch(kernel, rows, own, step, rule, q, k, *tensors):
     """Run a kernel on every tile of `own` rows, in walks of `step` rows of the other side."""
-    (B, H, n, d), size = q.shape, q.element_size()
+    (heads, n, d), m, (causal, side, grid), size = q.shape, k.shape[1], rule, q.element_size()
+    behind, ahead = (grid + 1) * (side // 2) if side else n, 0 if causal else m
     own, step = (own, step) if size == 2 else (32, 32)  # float32: smaller, to fit
     warps, stages = (8, 2) if d * size > 128 else (4, 3)  # wide rows fill the registers
-    kernel[triton.cdiv(rows, own), H, B](q, k, *tensors, n, k.shape[2], *span(*rule, 2**30), rule,
-                                         d, own, step, num_warps=warps, num_stages=stages)
+    kernel[triton.cdiv(rows, own), heads](q, k, *tensors, n, m, behind, ahead, rule, d, own, step,
+                                          num_warps=warps, num_stages=stages)
 
 
 class Fused(torch.autograd.Function):
-    """The kernels above as one differentiable function of contiguous q, k, v."""
+    """The kernels above as one differentiable function of contiguous q, k, v (B * H, n, d)."""
 
     @staticmethod
     def forward(ctx, q, k, v, lengths, rule):
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         own = 64 if rule[1] else 128  # a narrow tile follows the band of the mask more closely
-        launch(_forward, q.shape[2], own, 64, rule, q, k, v, out, lse, lengths)
+        launch(_forward, q.shape[1], own, 64, rule, q, k, v, out, lse, lengths)
         ctx.save_for_backward(q, k, v, out, lse, lengths)
         ctx.rule = rule
         return out
@@ -665,29 +639,27 @@ class Fused(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, lengths = ctx.saved_tensors
         grad = grad.contiguous()
-        delta = (grad.float() * out.float()).sum(-1)                    # (B, H, n)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        common = q, k, v, grad, lse, delta
-        launch(_backward_q, q.shape[2], 64, 32, ctx.rule, *common, dq, lengths)
-        launch(_backward_kv, k.shape[2], 64, 32, ctx.rule, *common, dk, dv, lengths)
+        delta = (grad.float() * out).sum(-1)                            # (B * H, n)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        common = q, k, v, grad, lse, delta, lengths
+        launch(_backward_q, q.shape[1], 64, 32, ctx.rule, *common, dq)
+        launch(_backward_kv, k.shape[1], 64, 32, ctx.rule, *common, dk, dv)
         return dq, dk, dv, None, None
 
 
 # --- the other path: torch's own attention -------------------------------------------------------
 
-BLOCK = 64  # queries that share one window of keys under the sparse mask; the fastest measured
 
-
-def by_blocks(q, k, v, kernel, grid):
+def by_blocks(q, k, v, kernel, grid, block=64):
     """The sparse mask with torch, without N x N work: each block of queries attends to the window
     of keys that it can reach."""
-    n, (reach, _), out = q.shape[2], span(True, kernel, grid, 0), []
-    positions = torch.arange(n, device=q.device)
-    for start in range(0, n, BLOCK):
-        block, window = slice(start, start + BLOCK), slice(max(start - reach, 0), start + BLOCK)
-        seen = allowed(positions[block, None], positions[window], n, True, kernel, grid)
+    n, out = q.shape[2], []
+    i = torch.arange(n, device=q.device)
+    for first in range(0, n, block):
+        window = slice(max(first - (grid + 1) * (kernel // 2), 0), first + block)
+        seen = allowed(i[first:first + block, None], i[window], n, True, kernel, grid)
         out.append(F.scaled_dot_product_attention(
-            q[:, :, block], k[:, :, window], v[:, :, window], attn_mask=seen))
+            q[:, :, first:first + block], k[:, :, window], v[:, :, window], seen))
     return torch.cat(out, dim=2)
 
 
@@ -707,31 +679,33 @@ def attention(q, k, v, causal=False, kernel=0, grid=0, lengths=None, fused=None)
     A query that sees no key gives zeros, and no gradient. Raises ValueError for a sparse mask
     whose kernel is even or that has no grid.
     """
-    if kernel and (kernel < 0 or kernel % 2 == 0 or grid < 1):
+    if kernel and (kernel % 2 == 0 or grid < 1):
         raise ValueError(f"a sparse mask needs an odd kernel and a grid, not {kernel} and {grid}")
+    n, m, rule = q.shape[2], k.shape[2], (causal or kernel > 0, kernel, grid)
     if fused is None:
         fused = triton is not None and (q.is_cuda or INTERPRET.value)
         fused = fused and q.shape[-1] in (32, 64, 128) and q.dtype != torch.float64
-    n, m, rule = q.shape[2], k.shape[2], (causal or kernel > 0, kernel, grid)
     if not fused and lengths is None and not kernel:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if not fused and lengths is None and n == m:
         return by_blocks(q, k, v, kernel, grid)
-    whole = torch.full(q.shape[:1], m, device=q.device)
-    lengths = whole if lengths is None else lengths.clamp(max=m)
+    if lengths is None:
+        lengths = torch.full(q.shape[:1], m, device=q.device)
     if fused:
-        return Fused.apply(q.contiguous(), k.contiguous(), v.contiguous(), lengths, rule)
+        heads = (x.flatten(0, 1).contiguous() for x in (q, k, v))       # (B * H, n, d)
+        lengths = lengths.clamp(max=m).repeat_interleave(q.shape[1])
+        return Fused.apply(*heads, lengths, rule).view_as(q)
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)
-    seen = allowed(i, j, lengths[:, None, None, None], *rule)  # torch, too, gives 0 for no key
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    seen = allowed(i, j, lengths[:, None, None, None], *rule)
+    return F.scaled_dot_product_attention(q, k, v, seen)  # torch, too, gives 0 for no key
 
 
 # --- files and walk-through ----------------------------------------------------------------------
 
 
 def restore(saved):
-    """A checkpoint of train_prior.py, as `read` gives it -> Parti or, of the text stage,
-    DualEncoder, on the CPU, in eval mode."""
+    """What `vqgan.read` gave of a checkpoint of train_prior.py -> Parti, or of its text stage
+    DualEncoder, on the CPU and in eval mode."""
     config = PriorConfig(**saved["config"])
     if saved.get("stage") == "text":
         model = DualEncoder(config, saved["image_size"], saved["patch"])
@@ -742,68 +716,48 @@ def restore(saved):
 
 
 def load(path):
-    """The same from a file. SystemExit, one line, if it is missing or damaged."""
+    """The same from the file. SystemExit, one line, if it is missing or damaged."""
     return restore(read(path))
 
 
 def seconds(work):
-    """The shortest time of one call of work(), called for at least 0.3 seconds."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=0.3).times)
+    """The median time of one call of work()."""
+    timer = Timer("work()", globals=locals(), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange().median
 
 
 def main():
     """Every step on a tiny example, parameter counts against Parti's Table 1, speed."""
-    model = Parti(replace(PRESETS["tiny"], text_vocab=300, codes=1_024)).eval()
-    text, tokens = torch.randint(4, 300, (2, 9)), torch.randint(1_024, (2, model.config.tokens))
-    for name, value in (("text", text), ("encoded text", model.encoder(text)[0]),
-                        ("image tokens", tokens), ("logits", model(text, tokens)),
-                        ("sampled", model.generate(text, guidance=1.2))):
+    model, text = Parti(PRESETS["tiny"]).eval(), torch.randint(4, 300, (2, 9))
+    tokens = model.generate(text, guidance=1.2)
+    steps = {"text": text, "encoded text": model.encoder(text)[0], "sampled tokens": tokens,
+             "logits": model(text, tokens)}
+    for name, value in steps.items():
         print(f"{name:15}{tuple(value.shape)}")
     for name in ("350m", "750m", "3b", "20b"):
         with torch.device("meta"):
             model = Parti(PRESETS[name])
-        blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
+        blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n)
         print(f"{name:15}{blocks:,} parameters in the blocks (Parti Table 1)")
+
+    device, dtype, config = "cpu", torch.float32, replace(PRESETS["mini"], width=512, mlp=2_048)
     if torch.cuda.is_available():
-        speed("cuda", torch.bfloat16, PRESETS["350m"], 16)
-    else:
-        speed("cpu", torch.float32, replace(PRESETS["350m"], grid=16, width=512, mlp=2_048), 4)
-
-
-def speed(device, dtype, config, batch):
-    """Attention, training and sampling on this machine, against what it can do."""
-    a, big = torch.randn(2_048, 2_048, device=device, dtype=dtype), torch.ones(2**26, device=device)
-    rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), big.nbytes / seconds(big.sum)
+        device, dtype, config = "cuda", torch.bfloat16, PRESETS["350m"]
+    a = torch.randn(2_048, 2_048, device=device, dtype=dtype)
+    memory = torch.ones(2**26, device=device)
+    rate, bandwidth = 2 * 2_048**3 / seconds(lambda: a @ a), memory.nbytes / seconds(memory.sum)
     print(f"{device}: {rate / 1e9:,.0f} GFLOP/s in {dtype}, reads {bandwidth / 1e9:,.1f} GB/s")
-    for grid, kernel in ((32, 0), (32, 11), (64, 0), (64, 11)) if device == "cuda" else ():
-        q = torch.randn(4, 16, grid**2, 64, device=device, dtype=dtype, requires_grad=True)
-        i = torch.arange(grid**2, device=device)
-        mask = allowed(i[:, None], i, grid**2, True, kernel, grid) if kernel else None
-        ours = seconds(lambda: attention(q, q, q, True, kernel, grid).backward(q))
-        theirs = seconds(lambda: F.scaled_dot_product_attention(
-            q, q, q, mask, is_causal=not kernel).backward(q))
-        name = "sparse" if kernel else "causal"
-        print(f"attention forward + backward, {grid**2} tokens, {name}: {ours * 1e3:.2f} ms, "
-              f"torch's {theirs * 1e3:.2f} ms")
-    model, cast = Parti(config).to(device), torch.autocast(device, dtype, enabled=device == "cuda")
-    text = torch.ones(batch, config.text_length, device=device, dtype=torch.int64)
-    tokens = torch.zeros(batch, config.tokens, device=device, dtype=torch.int64)
-    encoder, decoder, head = (sum(p.numel() for p in part.parameters())
-                              for part in (model.encoder.blocks, model.blocks, model.head))
-    spent = seconds(lambda: cast(model)(text, tokens).logsumexp(-1).mean().backward())
-    work = 6 * (encoder * text.numel() + (decoder + head) * tokens.numel())  # attention apart
-    print(f"training, batch {batch}: {tokens.numel() / spent:,.0f} tokens/s, "
-          f"{work / spent / rate:.0%} of the matmul rate")
-    for rows in (1, batch):
-        with torch.inference_mode(), cast:
-            step = CachedDecoder(model.eval(), text[:rows])
-        spent = seconds(torch.inference_mode()(lambda: step(config.tokens - 1, tokens[:rows, 0])))
-        cache = sum(block.text.nbytes + block.past.nbytes for block in step.blocks)
-        # Of a block all is read but the map to keys and values of the text, 1 / 8.
-        read = decoder * 7 / 8 * dtype.itemsize + 4 * head + cache
-        print(f"sampling, batch {rows}: {rows / spent:,.0f} tokens/s, "
-              f"{read / spent / bandwidth:.0%} of reading memory")
+    model = Parti(config).to(device)
+    text = torch.ones(8, config.text_length, device=device).long()
+    tokens = torch.zeros(8, config.tokens, device=device).long()
+    weights = sum(p.numel() for p in model.blocks.parameters())  # most of the work is theirs
+    with torch.autocast(device, dtype, enabled=device == "cuda"):
+        spent = seconds(lambda: model(text, tokens).logsumexp(-1).mean().backward())
+        step = seconds(lambda: model.generate(text[:1])) / config.tokens
+    print(f"training: {tokens.numel() / spent:,.0f} tokens/s, "
+          f"{6 * weights * tokens.numel() / spent / rate:.0%} of the matmul rate")
+    print(f"sampling one picture: {1 / step:,.0f} tokens/s, "
+          f"{weights * dtype.itemsize / step / bandwidth:.0%} of the bandwidth")
 
 
 if __name__ == "__main__":

@@ -757,7 +757,7 @@ CASES = [  # queries, keys, head width, causal, kernel, grid, padded, type
     (65, 65, 32, True, 3, 7, False, torch.float16),
     (67, 130, 64, False, 0, 0, True, torch.bfloat16),
     (1, 1, 128, True, 0, 0, False, torch.bfloat16),
-    (400, 400, 16, True, 11, 32, False, torch.float64)]  # torch alone: several blocks
+    (400, 400, 16, True, 11, 32, False, torch.float64)]  # torch alone
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -799,7 +799,7 @@ def test_the_door_takes_the_kernels_where_they_can_run():
     for d, dtype, fused in ((32, torch.float32, True), (128, torch.bfloat16, True),
                             (48, torch.float32, False), (64, torch.float64, False)):
         q = torch.zeros(1, 1, 4, d, dtype=dtype, device=DEVICE, requires_grad=True)
-        assert ("Fused" in type(prior.attention(q, q, q).grad_fn).__name__) == fused, (d, dtype)
+        assert ("Fused" in str(prior.attention(q, q, q).grad_fn.next_functions)) == fused, d
 
 
 def compile_kernels():
