@@ -1526,5 +1526,5 @@ def test_the_six_modules_and_the_readme_stay_small():
         lines += len(kept - skipped)
         assert max(map(len, source.splitlines())) <= 100, name
     # The aim is 1,680 lines and 22,500 tokens; until then this keeps what has been reached.
-    assert lines <= 2_045 and tokens <= 27_350, f"{lines} lines of code, {tokens} tokens"
+    assert lines <= 1_935 and tokens <= 25_400, f"{lines} lines of code, {tokens} tokens"
     assert len((HERE / "README.md").read_text(encoding="utf-8").splitlines()) <= 260

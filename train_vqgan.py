@@ -58,7 +58,7 @@ PAPER = Recipe(steps=500_000, batch=256, lr=1e-4, warmup=50_000, schedule="cosin
 TINY = Recipe(steps=1800, batch=4, micro=4, lr=2e-3, warmup=20, final=0.02, weight_decay=1e-4,
               l1=0.2, laplace=0.0, perceptual=0.0, adversarial=0.0, channels=1024, up_width=24,
               up_blocks=3, save_every=450, autoencoder=900, mosaic=0.5, quantised_rate=0.5)
-MINI = replace(TINY, steps=8000, batch=6, micro=6, warmup=50, codebook=0.1, mosaic=0.0,
+MINI = replace(TINY, steps=8000, batch=6, micro=6, warmup=50, mosaic=0.0,
                autoencoder=2000, quantised_rate=1.0, save_every=1000)
 TOKENIZER = {"tiny": TINY, "mini": MINI, "small": PAPER, "base": PAPER,
              "large": replace(PAPER, micro=8)}
