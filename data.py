@@ -188,12 +188,6 @@ def read_caption(caption):
     return objects * NUMBERS.get(number, 1), names.get(word), background or "white"
 
 
-def kind(caption):
-    """"one object", "counts" or "relation": what a caption of the built-in scenes is about."""
-    objects, relation, _ = read_caption(caption)
-    return "relation" if relation else "counts" if len(objects) > 1 else "one object"
-
-
 def pixels(image):
     """Tensor (3,H,W), uint8 or float in [0,1] -> uint8 array (H,W,3)."""
     if image.is_floating_point():

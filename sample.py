@@ -25,8 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import vqgan
-from data import (Scenes, Text, batches, check, kind, open_data, pick, pixels, prior_crop,
-                  save_grid)
+from data import Scenes, Text, batches, check, open_data, pick, pixels, prior_crop, save_grid
 from prior import attention, restore, split_heads
 
 BATCH = 64   # pictures drawn at a time
@@ -226,9 +225,7 @@ def measure(parts, dataset, n, options, inception):
                 features[what].append(found.cpu().double())                     # (b, 2048)
             if isinstance(dataset, Scenes):
                 for caption, picture in zip(captions, pictures):
-                    right = check(picture, caption)
-                    rows[f"{what}: right"].append(right)
-                    rows[f"{what}: right ({kind(caption)})"].append(right)
+                    rows[f"{what}: right"].append(check(picture, caption))
     usage, perplexity = vqgan.codebook_usage(torch.cat(codes), parts.tokenizer.config.codes)
     rows |= {"usage": [usage] * n, "perplexity": [perplexity] * n}
     # Of 64 samples those that are nearest, in 16 x 16 pixels, to a picture of their own caption.

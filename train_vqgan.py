@@ -42,7 +42,6 @@ class Recipe(data.Recipe):
     perceptual: float = 0.1
     laplace: float = 0.1            # 0: the decoder emits plain RGB
     l2: float = 1.0
-    r1: float = 10.0                # gamma of the discriminator's penalty, every 16th step
     channels: int = 16384           # base of the discriminator's widths
     up_width: int = 128             # the upsampler (Parti Fig. 4)
     up_blocks: int = 12
@@ -139,14 +138,14 @@ def generator_step(maps, codebook_loss, images, critic, lpips, recipe):
             "perceptual": perceptual, "adversarial": adversarial}
 
 
-def discriminator_step(critic, maps, images, recipe, penalised):
+def discriminator_step(critic, maps, images, penalised):
     """What the generator emitted for images, of which it learns nothing here -> {"critic": loss,
     and the mean scores}. penalised: add the lazy gradient penalty (StyleGAN2)."""
     images = images.clone().requires_grad_(penalised)
     real, fake = critic(images), critic(vqgan.view(maps).detach())
     loss = vqgan.discriminator_loss(real, fake)
     if penalised:
-        loss = loss + vqgan.r1_penalty(real, images, recipe.r1)
+        loss = loss + vqgan.r1_penalty(real, images)
     return {"critic": loss, "real": real.mean(), "fake": fake.mean()}
 
 
@@ -166,18 +165,16 @@ def start_codebook(model, dataset, seed, device):
 
 
 @torch.no_grad()
-def evaluate(net, images, captions, tokenizer, quantise, path):
-    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W); of built-in scenes,
-    which have captions, also the share that still shows them. Draws originals above
+def evaluate(net, images, tokenizer, quantise, path):
+    """PSNR, codebook usage and perplexity on held-out pictures (B, 3, H, W). Draws originals above
     reconstructions."""
     results = [predict(net, part, tokenizer, quantise) for part in images.split(16)]
     maps, _, tokens = zip(*results)
     pictures = vqgan.view(torch.cat(maps)).clamp(0, 1)
     usage, perplexity = vqgan.codebook_usage(torch.cat(tokens), tokenizer.config.codes)
     data.save_grid(path, [images[:8], pictures[:8]], [["originals"], ["reconstructions"]])
-    right = [data.check(*pair) for pair in zip(pictures, captions)]
-    return {"psnr": vqgan.psnr(images, pictures).mean().item(), "usage": usage,
-            "perplexity": perplexity, "right": sum(right) / len(right) if right else ""}
+    psnr = vqgan.psnr(images, pictures).mean().item()
+    return {"psnr": psnr, "usage": usage, "perplexity": perplexity}
 
 
 def main():
@@ -210,7 +207,7 @@ def main():
     # The data: training pictures, and up to 256 fixed ones that are held out.
     train = data.open_data(options.data, "", size, data.tokenizer_crop, "train", recipe.seed)
     held = data.open_data(options.data, "", size, data.centre_crop, "held-out", recipe.seed)
-    [(held, captions)] = data.batches(held, min(256, len(held)), 0, 0, 1)
+    [(held, _)] = data.batches(held, min(256, len(held)), 0, 0, 1)
     held = held.to(device) / 255
     data.say(train.summary())
     if recipe.mosaic and not options.data and model is tokenizer:
@@ -248,7 +245,7 @@ def main():
             # The discriminator learns to tell its pictures from the originals.
             if critic:
                 with autocast:
-                    losses |= discriminator_step(judge, maps, images, recipe, step % 16 == 0)
+                    losses |= discriminator_step(judge, maps, images, step % 16 == 0)
                 (weight * losses["critic"]).backward()
 
         lr = data.rate(recipe, step + 1) * (recipe.quantised_rate if quantise else 1)
@@ -258,11 +255,10 @@ def main():
         done = step + 1
         due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
         if rank == 0 and (due or done % 10 == 0):
-            row = {"step": done, "psnr": "", "usage": "", "perplexity": "", "right": ""}
+            row = {"step": done, "psnr": "", "usage": "", "perplexity": ""}
             if due:
-                row |= evaluate(model, held, [] if options.data else captions, tokenizer, quantise,
-                                path.with_suffix(".png"))
-                bar.set_postfix(psnr=row["psnr"], right=row["right"])
+                row |= evaluate(model, held, tokenizer, quantise, path.with_suffix(".png"))
+                bar.set_postfix(psnr=row["psnr"])
             row |= {name: loss.item() for name, loss in losses.items()}
             row |= {"grad_norm": norms[0], "lr": lr, "skipped": skipped["total"],
                     "seconds": round(time.perf_counter() - began, 1)}
