@@ -14,7 +14,7 @@ import shutil
 import sys
 import tarfile
 import zlib
-from collections import Counter, defaultdict, namedtuple
+from collections import defaultdict, namedtuple
 from functools import lru_cache
 from posixpath import basename, dirname, join, normpath, splitext    # names of files, on any system
 
@@ -241,11 +241,11 @@ def check(image, caption):
 # 2. Real pictures
 # ---------------------------------------------------------------------------------------------
 
-ENDINGS = tuple(Image.registered_extensions())    # whatever Pillow knows; the rest is named as bad
+ENDINGS = tuple(Image.registered_extensions())    # all that Pillow registers, readable or not
 # In a list of captions: the keys, or columns, of a picture's path and of its captions.
 PATH = re.compile(r"(file|image)_?(name|path)|image|path", re.IGNORECASE)
 CAPTION = re.compile(r"(text|caption|prompt)s?(_?\d+)?", re.IGNORECASE)
-MAY_BE_LIST = re.compile(r"(?<!LICENSE|.README)\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
+MAY_BE_LIST = re.compile(r"/(?!license|readme)[^/]*\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
 LISTS = ".jsonl", ".csv", ".tsv", ".txt"
 EXPECTED = 'rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl or .csv, in UTF-8'
 # A file of the data: all of `path`, or of a shard, the `size` bytes from `offset` on.
@@ -351,37 +351,18 @@ def _read(file):
     return np.fromfile(file.path, np.uint8, file.size, offset=file.offset).tobytes()
 
 
-def _values(row, keys):
-    """The values, and those in lists, of a row {key: value} whose keys match a pattern."""
-    found = []
-    for key, value in row.items():
-        if keys.fullmatch(key):
-            found += value if isinstance(value, list) else [value]
-    return found
-
-
 def _rows(name, text):
-    """A file that may hold captions -> [(path of a picture, its captions)]; [] if it is no list.
-    Raises ValueError or KeyError for a row that lacks something."""
+    """A file of captions -> its rows, {column: value}. Raises what reading it raises."""
     if name.endswith(".json"):    # COCO's
         table = json.loads(text)
         paths = {image["id"]: image["file_name"] for image in table["images"]}
-        return [(paths[row["image_id"]], [row["caption"]]) for row in table["annotations"]]
+        return [{"path": paths[row["image_id"]], "text": row["caption"]}
+                for row in table["annotations"]]
     if name.endswith(".jsonl"):
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    else:
-        comma = max(",;\t", key=text.partition("\n")[0].count)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, restkey="surplus",
-                              skipinitialspace=True)
-    found = []
-    for number, row in enumerate(rows, 1):
-        path, captions = _values(row, PATH), _values(row, CAPTION)
-        if number == 1 and not path:    # another table
-            return []
-        if not path or not captions or "surplus" in row:
-            raise ValueError(f"row {number} has {', '.join(row)}")
-        found.append((path[0].replace("\\", "/"), captions))
-    return found
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    comma = max(",;\t", key=text.partition("\n")[0].count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, restkey="surplus",
+                               skipinitialspace=True))
 
 
 def _folder(name):
@@ -396,33 +377,39 @@ def _captions(files, pictures, lists):
 
     A row means the picture that its path leads to, or else the one whose path ends like it.
     """
-    texts, used, lost, alike, beside = defaultdict(list), set(), [], defaultdict(list), {}
+    texts, used, lost = defaultdict(list), set(), []
+    alike, beside = defaultdict(list), defaultdict(list)
     for name in pictures:
         alike[basename(name)].append(name)
         # In a shard, what names have in common ends at the first dot.
         stem = splitext(name)[0] if files[name].size < 0 else re.match("(.*/)?[^/.]*", name)[0]
-        beside[stem + ".txt"] = basename(name)
+        beside[stem + ".txt"].append(basename(name))
     for source, file in lists.items():
-        text = _read(file).decode("utf-8-sig", "replace")
+        text = _read(file).decode("utf-8-sig", "surrogateescape")
         try:
-            own = source in beside and [(beside[source], text.splitlines())]
-            rows = own or _rows(source, text)
-            if rows and "\ufffd" in text:
-                raise ValueError("it is not in UTF-8")
+            own = [{"path": path, "text": text.splitlines()} for path in beside[source]]
+            rows = own or _rows(source.lower(), text)
+            if not rows or not any(map(PATH.fullmatch, rows[0])):    # another table
+                continue
+            used.add(source)
+            text.encode()    # an error if it is not in UTF-8
+            for number, row in enumerate(rows, 1):
+                paths = [row[key] for key in row if PATH.fullmatch(key)]
+                captions = [row[key] for key in row if CAPTION.fullmatch(key)]
+                if not paths or not captions or "surplus" in row:
+                    raise ValueError(f"row {number} has {', '.join(row)}")
+                path = paths[0].replace("\\", "/")
+                exact, near = normpath(join(dirname(source), path)), alike[basename(path)]
+                found = [name for name in near if f"/{name}".endswith(f"/{path}")]
+                found = [exact] if exact in near else found
+                if len(found) > 1:
+                    raise ValueError(f"{path} may be {' or '.join(found)}; write more of it")
+                if not found:
+                    lost.append(path)
+                for name in found:
+                    texts[name] += captions
         except Exception as error:    # as many kinds as there are ways to be no list
             raise ValueError(f"{source}: {error}; expected {EXPECTED}") from None
-        if rows:
-            used.add(source)
-        for path, captions in rows:
-            exact, near = normpath(join(dirname(source), path)), alike[basename(path)]
-            found = [name for name in near if f"/{name}".endswith(f"/{path}")]
-            found = [exact] if exact in near else found
-            if len(found) > 1:
-                raise ValueError(f"{source}: {path} may be {' or '.join(found)}; write more of it")
-            if not found:
-                lost.append(path)
-            for name in found:
-                texts[name] += captions
     return texts, used, lost
 
 
@@ -450,7 +437,8 @@ class Pictures:
             raise ValueError(f"{min(used)} names {lost[0]}, but no picture, such as {pictures[0]}; "
                              f"expected {EXPECTED}")
         self.texts = texts or {name: [_folder(name)] for name in pictures}
-        for name, lines in self.texts.items():
+        for name, found in self.texts.items():    # captions, or lists of them
+            lines = sum((text if isinstance(text, list) else [text] for text in found), [])
             lines = [" ".join(clean(str(line)).split()) for line in lines if line]
             self.texts[name] = [line for line in lines if line] or [""]
         held = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
@@ -461,14 +449,14 @@ class Pictures:
     def _describe(self, path, pictures, used, lost):
         """-> one line of what was read and what was not. Refuses what cannot be meant."""
         unread = sorted(self.files.keys() - used - set(pictures))
-        endings = Counter(splitext(name)[1].lower() or basename(name) for name in unread)
+        endings = sorted({splitext(name)[1] or basename(name) for name in unread})
         words = {line for lines in self.texts.values() for line in lines} - {""}
         bare = sum(lines == [""] for lines in self.texts.values())
         line = clean(f"{path}: {len(self.texts)} pictures of {len(self.files)} files; {len(words)} "
                      f"captions, such as {min(words, default='')!r}, from "
                      f"{min(used, default='names of folders')}; without caption {bare}, in no list "
                      f"{len(pictures) - len(self.texts)}, rows without picture {len(lost)} "
-                     f"{lost[:1]}; not read: {dict(endings)}")
+                     f"{lost[:1]}; not read: {len(unread)} files {endings}")
         if not pictures:
             raise SystemExit(f"--data {line}; expected a folder, or shards as plain .tar, not "
                              ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
@@ -619,7 +607,7 @@ def batches(dataset, batch, seed, start, steps, rank=0, world=1, micro=0, worker
     """
     if batch % world:
         raise ValueError(f"--batch {batch}: expected a multiple of the {world} processes")
-    share = batch // world
+    share = batch // world    # from step * batch + rank * share on, in parts of micro
     positions = (range(first + i, first + min(i + (micro or share), share))
                  for first in range(start * batch + rank * share, steps * batch, batch)
                  for i in range(0, share, micro or share))
@@ -702,7 +690,8 @@ def parse(description, options, presets, recipes, large, derived=()):
     recipe = recipes[stage][preset]
     given.setdefault("micro", recipe.micro or (16 if gpu else 4))
     if gpu:
-        given.setdefault("workers", min(8, os.cpu_count()))
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        given.setdefault("workers", min(8, cores))
     return [dataclasses.replace(part, **{name: given[name] for name in vars(part) if name in given})
             for part in (options, presets[preset], recipe)]
 
@@ -744,7 +733,7 @@ def begin(options, width):
 
 
 def average(tensor):
-    """The mean of a tensor, which is overwritten, over all processes; all call it together."""
+    """The mean of a tensor over all processes, which call this together; use what is returned."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor = tensor / dist.get_world_size()
@@ -779,8 +768,8 @@ def rate(recipe, step):
 def update(network, optimizer, lr, clip, skipped):
     """Clip the gradient, make a step, clear the gradient -> its norm.
 
-    A norm that is not finite changes nothing but `skipped`, {"total", "in_a_row"}; gradients are
-    shared, so that all processes see it. RuntimeError after 20 in a row.
+    A norm that is not finite changes nothing but `skipped`, this network's {"total", "in_a_row"};
+    gradients are shared, so that all processes see it. RuntimeError after 20 in a row.
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -827,11 +816,11 @@ def save(path, content, parts):
 
 def resume(path, saved, content, parts):
     """Continue parts where the checkpoint `saved` stands (None: there is none) -> the steps done,
-    and the count of skipped ones for `update`.
+    and for each part the count of skipped ones for `update`.
 
     SystemExit if it was made for something else: content["made_for"], {name: value}, must match.
     """
-    done, skipped = 0, {"total": 0, "in_a_row": 0}
+    done, skipped = 0, {prefix: {"total": 0, "in_a_row": 0} for prefix in parts}
     if saved:
         there, here = saved.get("made_for", {}), content["made_for"]
         wrong = [f"{name}: {there.get(name)} there, {here[name]} here" for name in here

@@ -55,8 +55,10 @@ def load_parts(options):
     parts = torch.nn.Module()
     saved, parts.prior, parts.text = load_model(out / "prior.pt")
     parts.data, parts.captions = saved["data"], saved["captions"]
-    given = {name: value for name, value in vars(options).items() if name in saved["sampling"]}
-    parts.sampling = saved["sampling"] | {k: value for k, value in given.items() if value >= 0}
+    parts.sampling = saved["sampling"]
+    for name in parts.sampling:
+        if vars(options)[name] >= 0:    # it was given
+            parts.sampling[name] = vars(options)[name]
     path = options.vqgan or saved["vqgan"] or out / "vqgan.pt"
     parts.tokenizer = vqgan.load(path)
     if parts.tokenizer.fingerprint() != saved["fingerprint"]:
@@ -156,11 +158,11 @@ def draw_attention(path, parts, captions, pictures, tokens):
         pieces = parts.text.pieces.encode(caption, out_type=str)[:parts.text.length - 1]
         pieces.append("▁(end)")
         text = parts.text([caption])[:, :len(pieces)].to(parts.device)          # (1, T)
-        starts = [i for i, piece in enumerate(pieces) if i and piece[0] == "▁"]
+        word = torch.tensor([piece[0] == "▁" for piece in pieces]).cumsum(0) - 1       # (T,)
         words = "".join(pieces).split("▁")[1:]
-        weights = cross_attention(parts.prior, text, drawn[None])       # (layers, 1, H, N, T)
-        for number, layer in enumerate(weights[:, 0].mean(1), 1):       # (N, T)
-            maps = torch.stack([part.sum(1) for part in layer.tensor_split(starts, 1)])
+        weights = cross_attention(parts.prior, text, drawn[None])[:, 0].mean(1)    # (layers, N, T)
+        weights = weights @ F.one_hot(word).to(weights)                 # (layers, N, words)
+        for number, maps in enumerate(weights.mT, 1):                   # (words, N)
             tiles = (maps / maps.max()).unflatten(1, (1, grid, grid)).expand(-1, 3, -1, -1)
             rows.append([picture, *tiles])
             labels.append([f"layer {number}", *words])
@@ -203,23 +205,24 @@ def wilson(right, n):
 def measure(parts, dataset, n, options, inception):
     """n pictures of a dataset -> {measure: list of values}, of bool where it is a share; what the
     pictures have in common, as FID, stands n times."""
-    rows, features, small = (defaultdict(list) for _ in range(3))
-    codes, texts = [], []
+    rows, features, codes = defaultdict(list), defaultdict(list), []
     for images, captions in batches(dataset, n, options.seed, 0, 1, micro=BATCH):
         images = images.to(parts.device) / 255                              # (b, 3, S, S)
         tokens = parts.tokenizer.encode(images)                             # (b, N)
         copies = parts.tokenizer.decode(tokens).clamp(0, 1)                 # (b, 3, S, S)
         codes.append(tokens)
-        texts += captions
         rows["PSNR dB"] += vqgan.psnr(images, copies).tolist()
-        rows["MSE"] += (images - copies).square().mean((1, 2, 3)).tolist()
         logits = parts.prior(parts.text(captions).to(parts.device), tokens)     # (b, N, K)
         loss = F.cross_entropy(logits.mT, tokens, reduction="none").mean(1)     # (b,)
         rows["cross-entropy nats/token"] += loss.tolist()
         samples = paint(parts, captions, 1, options.rerank)[0][:, 0]            # (b, 3, S, S)
+        # Is a sample, in 16 x 16 pixels, nearest to a picture of its own caption?
+        drawn, real = (F.adaptive_avg_pool2d(x, 16).flatten(1) for x in (samples, images))
+        nearest = torch.cdist(drawn, real).argmin(1)                            # (b,)
+        rows[f"sample: nearest to own of {len(real)}"] += [
+            captions[i] == caption for i, caption in zip(nearest, captions)]
         made = {"real": images, "reconstruction": copies, "sample": samples}
         for what, pictures in made.items():
-            small[what].append(F.adaptive_avg_pool2d(pictures, 16).flatten(1))  # (b, 768)
             if inception:
                 found = inception((255 * pictures).round().byte(), return_features=True)
                 features[what].append(found.cpu().double())                     # (b, 2048)
@@ -228,13 +231,8 @@ def measure(parts, dataset, n, options, inception):
                     rows[f"{what}: right"].append(check(picture, caption))
     usage, perplexity = vqgan.codebook_usage(torch.cat(codes), parts.tokenizer.config.codes)
     rows |= {"usage": [usage] * n, "perplexity": [perplexity] * n}
-    # Of 64 samples those that are nearest, in 16 x 16 pixels, to a picture of their own caption.
-    real, drawn = (torch.cat(small[what])[:64] for what in ("real", "sample"))
-    nearest = torch.cdist(drawn, real).argmin(1)
-    rows[f"sample: nearest to own of {len(real)}"] = [
-        texts[i] == text for i, text in zip(nearest, texts)]
-    for what, found in features.items():
-        fid = frechet(torch.cat(features["real"]), torch.cat(found))
+    for what in ("reconstruction", "sample") if inception else ():
+        fid = frechet(torch.cat(features["real"]), torch.cat(features[what]))
         rows[f"{what}: FID (degenerate below 2048 pictures)"] = [fid] * n
     return rows
 

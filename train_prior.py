@@ -10,6 +10,7 @@
 Reads the tokenizer out/vqgan.pt, and writes a log (.csv) and samples (.png), too. The same command
 again continues. --init out/text.pt starts the prior's text encoder there.
 """
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -88,7 +89,9 @@ def make_optimizer(model, recipe):
     how = {"lr": recipe.lr, "betas": (0.9, 0.96), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **how)
-    return Adafactor(groups, **how)
+    if recipe.optimizer == "adafactor":
+        return Adafactor(groups, **how)
+    raise ValueError(f"--optimizer {recipe.optimizer}: expected adamw or adafactor")
 
 
 def shard(model, world):
@@ -137,10 +140,11 @@ def main():
         shard(model, world)
     optimizer = make_optimizer(model, recipe)
     parts = {"": (model, optimizer)}
-    run = data.identity(options) | {"captions": options.captions, "vqgan": options.vqgan,
-                                    "fingerprint": tokenizer.fingerprint(),
-                                    "optimizer": recipe.optimizer}
-    content = run | {"made_for": run | asdict(config), "config": asdict(config),
+    made_for = data.identity(options) | asdict(config) | {
+        "captions": options.captions and os.path.abspath(options.captions),
+        "fingerprint": tokenizer.fingerprint(), "optimizer": recipe.optimizer}
+    content = made_for | {"made_for": made_for, "config": asdict(config),
+                     "vqgan": options.vqgan and os.path.abspath(options.vqgan),
                      "recipe": asdict(recipe), "text": words,
                      "sampling": SAMPLING if config.width >= 1024 else SHARPER,
                      "image_size": size, "patch": patch}
@@ -171,7 +175,7 @@ def main():
             loss.backward()
             total += loss.detach()
         lr = data.rate(recipe, step + 1)
-        norm = data.update(model, optimizer, lr, recipe.clip, skipped)
+        norm = data.update(model, optimizer, lr, recipe.clip, skipped[""])
 
         # Once in a while: evaluate, log, save.
         done = step + 1
@@ -179,15 +183,15 @@ def main():
         due = done == recipe.steps or done % recipe.save_every == 0 or done in data.EARLY
         if due:
             model.eval()
+            torch.manual_seed(0)    # the same draws each time
             with torch.no_grad(), autocast:
-                losses = [loss_of(*batch) for batch in data.batches(
+                losses = [len(batch[1]) * loss_of(*batch) for batch in data.batches(
                     held, 256 // world * world, recipe.seed, 0, 1, rank, world, recipe.micro)]
-                held_out = data.average(torch.stack(losses).mean()).item()
+                held_out = data.average(sum(losses) / (256 // world)).item()
                 # A sharded model draws nothing here: `generate` does not gather its parameters.
                 if prior and rank == 0 and not options.fsdp:
                     captions = held.captions(8)
                     prompts = text(captions).repeat_interleave(4, 0).to(device)
-                    torch.manual_seed(0)    # the same draws each time
                     tokens = model.generate(prompts, **content["sampling"])
                     pictures = tokenizer.decode(tokens).split(4)
                     labels = [[caption] for caption in captions]
@@ -195,7 +199,7 @@ def main():
             model.train()
         if due or done % 10 == 0:
             row = {"step": done, "held_out": held_out, "loss": data.average(total).item(),
-                   "grad_norm": norm, "lr": lr, "skipped": skipped["total"]}
+                   "grad_norm": norm, "lr": lr, "skipped": skipped[""]["total"]}
             bar.set_postfix(loss=row["loss"])
             if rank == 0:
                 data.log(path.with_suffix(".csv"), row, options.wandb)

@@ -11,8 +11,6 @@
 Each also writes a log (.csv) and originals above reconstructions (.png) under the same name. The
 same command again continues. decoder.pt is a whole tokenizer with the token ids of vqgan.pt.
 """
-import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,14 +59,13 @@ MINI = replace(TINY, steps=8000, batch=6, micro=6, warmup=50, mosaic=0.0,
                autoencoder=2000, quantised_rate=1.0, save_every=1000)
 TOKENIZER = {"tiny": TINY, "mini": MINI, "small": PAPER, "base": PAPER,
              "large": replace(PAPER, micro=8)}
-LATER = {name: replace(recipe, autoencoder=0) for name, recipe in TOKENIZER.items()}
-RECIPES = {"tokenizer": TOKENIZER, "decoder": LATER, "upsampler": LATER}
+RECIPES = dict.fromkeys(("tokenizer", "decoder", "upsampler"), TOKENIZER)
 
 
 class Mosaics(data.Scenes):
-    """Scenes of which a share gives way to mosaics: N distinct patches of the scenes, drawn at
-    random. Most of a scene is background; in mosaics all patches are equally frequent. While there
-    is no codebook yet all are mosaics."""
+    """Scenes of which a share gives way to mosaics: each patch is drawn from the distinct ones of
+    4,096 scenes. Most of a scene is background; in mosaics all patches are equally frequent. While
+    there is no codebook yet all are mosaics."""
 
     def __init__(self, scenes, patch, recipe):
         super().__init__(scenes.split, scenes.size, scenes.seed)
@@ -93,14 +90,14 @@ def build(options, recipe, config):
     if options.stage == "tokenizer":
         model = vqgan.VQGAN(replace(config, logit_laplace=recipe.laplace > 0))    # maps of its own
         return model, vars(model.config), model
-    tokenizer = vqgan.load(options.vqgan or Path(options.out, "vqgan.pt")).requires_grad_(False)
+    path = Path(options.out, "decoder.pt")    # what sample.py will enlarge the pictures of
+    if options.stage == "decoder" or not path.exists():
+        path = Path(options.out, "vqgan.pt")
+    tokenizer = vqgan.load(options.vqgan or path).requires_grad_(False)
     if options.stage == "decoder":
         model = vqgan.VQGAN(vqgan.larger_decoder(tokenizer.config))
         model.encoder, model.codebook = tokenizer.encoder, tokenizer.codebook    # stay frozen
         return model, vars(model.config), model
-    larger = Path(options.out, "decoder.pt")    # what sample.py will enlarge the pictures of
-    if larger.exists():
-        tokenizer = vqgan.load(larger).requires_grad_(False)
     sizes = {"scale": options.scale, "width": recipe.up_width, "blocks": recipe.up_blocks}
     return vqgan.Upsampler(**sizes), sizes, tokenizer
 
@@ -158,7 +155,7 @@ def make_optimizer(network, recipe):
 
 @torch.no_grad()
 def start_codebook(model, dataset, seed, device):
-    """K-means on 64,000 latents: of the first 1,000 training pictures in tiny, 250 in mini."""
+    """K-means on 64,000 latents: of the first 1,000 training samples in tiny, 250 in mini."""
     pictures = 64_000 // model.config.grid ** 2
     parts = data.batches(dataset, pictures, seed, 0, 1, micro=50)
     model.init_codebook(torch.cat([model.latents(x.to(device) / 255) for x, _ in parts]))
@@ -180,6 +177,11 @@ def evaluate(net, images, tokenizer, quantise, path):
 def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small",
                                          derived=("logit_laplace", "public"))
+    if options.stage != "tokenizer":
+        recipe = replace(recipe, autoencoder=0)    # there is a codebook
+    if recipe.steps <= recipe.autoencoder:
+        raise ValueError(f"--steps {recipe.steps}: expected more than --autoencoder "
+                         f"{recipe.autoencoder}, after which the codebook is made")
     rank, world, device, autocast = data.begin(options, config.width)
     path = Path(options.out, options.stage.replace("tokenizer", "vqgan") + ".pt")
     saved = vqgan.read(path) if path.exists() and not options.fresh else None
@@ -192,7 +194,7 @@ def main():
     model, sizes, tokenizer = build(options, recipe, config)
     tokenizer.to(device)
     model.to(device)
-    if source and not saved:
+    if source:
         model.load_state_dict(source["model"])
     parts = {"": (model, make_optimizer(model, recipe))}
     size = tokenizer.config.image_size * sizes.get("scale", 1)
@@ -222,17 +224,15 @@ def main():
     del saved, source    # training needs the memory
     net = data.parallel(model, world, options.compile)
 
-    share = recipe.batch // world                 # of a batch, for this process,
-    micros = math.ceil(share / recipe.micro)      # computed in so many parts
+    share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
     stream = data.batches(train, recipe.batch, recipe.seed, start, recipe.steps, rank, world,
                           recipe.micro, options.workers)
-    began = time.perf_counter()
     bar = tqdm(range(start, recipe.steps), path.stem, recipe.steps, initial=start, disable=rank > 0)
     for step in bar:
         if step == recipe.autoencoder > 0:
             start_codebook(model, train, recipe.seed, device)
         quantise = step >= recipe.autoencoder
-        for micro in range(micros):
+        for _ in range(0, share, recipe.micro):
             images = next(stream)[0].to(device, non_blocking=True) / 255
             weight = len(images) / share
 
@@ -249,7 +249,8 @@ def main():
                 (weight * losses["critic"]).backward()
 
         lr = data.rate(recipe, step + 1) * (recipe.quantised_rate if quantise else 1)
-        norms = [data.update(*part, lr, recipe.clip, skipped) for part in parts.values()]
+        norms = [data.update(*part, lr, recipe.clip, skipped[prefix])
+                 for prefix, part in parts.items()]
 
         # Once in a while: evaluate, log (the losses are those of the last part), save.
         done = step + 1
@@ -260,8 +261,7 @@ def main():
                 row |= evaluate(model, held, tokenizer, quantise, path.with_suffix(".png"))
                 bar.set_postfix(psnr=row["psnr"])
             row |= {name: loss.item() for name, loss in losses.items()}
-            row |= {"grad_norm": norms[0], "lr": lr, "skipped": skipped["total"],
-                    "seconds": round(time.perf_counter() - began, 1)}
+            row |= {"grad_norm": norms[0], "lr": lr, "skipped": skipped[""]["total"]}
             data.log(path.with_suffix(".csv"), row, options.wandb)
         if due:
             data.save(path, content | {"step": done, "skipped": skipped}, parts)

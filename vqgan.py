@@ -56,6 +56,7 @@ class VQGANConfig:
         return encoder, self.decoder or encoder
 
 
+# The scale makes each number of a code about 1, as the decoder's first map expects.
 TINY = VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder=(128, 2, 4, 512),
                    codes=1088, code_scale=32 ** 0.5, logit_laplace=False)
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes, mini for a laptop's own pictures
@@ -298,12 +299,11 @@ VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
        "vgg16-397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0.pth")
 LPIPS = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
          "lpips-a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868.pth")
-STAGES = (64, 4), (128, 9), (256, 16), (512, 23), (512, 30)    # of VGG16: channels, last layer + 1
 
 
 def fetch(path, url, name):
-    """The weights in the file `path`; for "" those under url, fetched once to torch's cache and
-    checked: the name that they get there is of their SHA-256."""
+    """The weights in the file `path`; for "" those under url, fetched once to torch's cache, where
+    torch compares their SHA-256 with the one in the file's name."""
     if path:
         return read(path)
     return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
@@ -319,15 +319,8 @@ class Perceptual(nn.Module):
 
     def __init__(self, vgg="", lpips=""):
         super().__init__()
-        layers, channels = [], 3
-        for width, end in STAGES:
-            while len(layers) < end:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-            layers.append(nn.MaxPool2d(2))
-        self.vgg = nn.ModuleDict({"features": nn.Sequential(*layers)})
-        weights = fetch(vgg, *VGG)
-        self.vgg.load_state_dict({name: weights[name] for name in self.vgg.state_dict()})
+        weights = fetch(vgg, *VGG)    # kernel and bias of 13 convolutions; then the classifier's
+        self.vgg = nn.ParameterList(weights[name] for name in weights if "features" in name)
         weights = fetch(lpips, *LPIPS)
         self.lins = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
         self.requires_grad_(False)
@@ -336,12 +329,13 @@ class Perceptual(nn.Module):
         shift = images.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)     # of red, green, blue
         scale = images.new_tensor([.458, .448, .450]).view(3, 1, 1)
         x = (2 * torch.cat([images, reconstruction]) - 1 - shift) / scale  # (2B, 3, H, W)
-        distance, start = 0, 0
-        for (_, end), lin in zip(STAGES, self.lins):                       # lin: (1, C, 1, 1)
-            x = self.vgg["features"][start:end](x)                         # (2B, C, h, w)
+        distance, weights = 0, iter(self.vgg)
+        for stage, convolutions in enumerate((2, 2, 3, 3, 3)):             # VGG16
+            x = F.max_pool2d(x, 2) if stage else x
+            for _ in range(convolutions):
+                x = F.conv2d(x, next(weights), next(weights), padding=1).relu()
             a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)       # (B, C, h, w) each
-            distance = distance + (lin * (a - b).square()).sum(1).mean()
-            start = end
+            distance = distance + (self.lins[stage] * (a - b).square()).sum(1).mean()
         return distance
 
 
@@ -458,9 +452,9 @@ def read(path):
     one line that says what to do if the file is missing, damaged or holds more than that."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist; python train_vqgan.py && python train_prior.py "
-                         "make vqgan.pt and prior.pt, and with --stage the others")
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}; python train_vqgan.py && python train_prior.py"
+                         " make vqgan.pt and prior.pt, and with --stage the others")
     except Exception as error:    # torch raises half a dozen types, depending on the damage
         raise SystemExit(f"{path} ({type(error).__name__}) is damaged: train again, --fresh; or it "
                          "holds more than tensors: save its 'state_dict' alone")
