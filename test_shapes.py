@@ -27,6 +27,7 @@ import tarfile
 import time
 import tokenize
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,7 +237,7 @@ def test_one_name_in_fifty_is_held_out_whatever_comes_later(tmp_path):
         lay_out(tmp_path, {"x.tar": {f"{i:04}.jpg": b"" for i in range(n)}})
         train, held = ({*data.open_data(tmp_path, split=s).names} for s in ("train", "held-out"))
         assert not train & held and len(train | held) == n and before <= held
-        assert len(held) / n == pytest.approx(1 / 50, rel=0.4)
+        assert held == {name for name in train | held if zlib.crc32(name.encode()) % 50 == 0}
         before = held
 
 
@@ -1462,6 +1463,7 @@ REFUSED = [
     (pictures(CLASS | {"m.jsonl": '{"file_name": "2.png", "text": "t"}'}), "2.png images/0.png"),
     (pictures(CLASS | {"m.csv": "file_name,by\nimages/0.png,me\n"}), "m.csv text"),
     (pictures(CLASS | {"m.csv": "path,text\nimages/0.png,café".encode("cp1252")}), "m.csv UTF-8"),
+    (pictures(CLASS | {"M.CSV": "path,text\nimages/0.png,a b, c\n"}), "M.CSV row 1 surplus"),
     (pictures(CLASS | {"m.jsonl": "version https://git-lfs.github.com/spec/v1"}), "m.jsonl"),
     (pictures({"v/1.jpg": P, "w/1.jpg": P, "c.json": json.dumps(COCO)}, "c.json"), "v/1.jpg w/1"),
     (lambda folder, out: next(data.batches(data.Pictures(
@@ -1529,5 +1531,5 @@ def test_the_six_modules_and_the_readme_stay_small():
         lines += len(kept - skipped)
         assert max(map(len, source.splitlines())) <= 100, name
     # The aim is 1,680 lines and 22,500 tokens; until then this keeps what has been reached.
-    assert lines <= 1_935 and tokens <= 25_400, f"{lines} lines of code, {tokens} tokens"
+    assert lines <= 1_912 and tokens <= 25_080, f"{lines} lines of code, {tokens} tokens"
     assert len((HERE / "README.md").read_text(encoding="utf-8").splitlines()) <= 260
