@@ -387,7 +387,7 @@ def _captions(files, pictures, lists):
     for source, file in lists.items():
         text = _read(file).decode("utf-8-sig", "surrogateescape")
         try:
-            own = [{"path": path, "text": text.splitlines()} for path in beside[source]]
+            own = [{"path": path, "text": text.splitlines()} for path in beside.get(source, ())]
             rows = own or _rows(source.lower(), text)
             if not rows or not any(map(PATH.fullmatch, rows[0])):    # another table
                 continue
@@ -410,6 +410,8 @@ def _captions(files, pictures, lists):
                     texts[name] += captions
         except Exception as error:    # as many kinds as there are ways to be no list
             raise ValueError(f"{source}: {error}; expected {EXPECTED}") from None
+    if used and used <= beside.keys():    # texts beside some pictures leave no other out
+        texts = {name: texts[name] for name in pictures}
     return texts, used, lost
 
 
@@ -418,8 +420,8 @@ class Pictures:
 
     Captions come from `captions`, a list or COCO captions JSON; else from all .jsonl, .csv, .tsv
     and .txt whose rows name pictures (as Hugging Face's ImageFolder, or Flickr8k) and from x.txt,
-    each line a caption, beside x.png; pictures that none of these names are then left out. Else
-    the name of a picture's folder is its caption.
+    each line a caption, beside x.png; else the name of a picture's folder is its caption. Where
+    there is a list, pictures without a caption are left out.
 
     split: "train"; "held-out", the 2 % of pictures whose names' hash says so; "all". Raises
     SystemExit if there is no picture, or if a list lies there that cannot be read while all

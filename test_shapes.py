@@ -205,7 +205,8 @@ LAYOUTS = {  # what lies there, and the captions of each picture
     "texts beside": (
         {"a/x.png": P, "b/x.png": P, "c/v1.2.png": P, "c/none.png": P, "b/x.txt": "other",
          "a/x.txt": "\ufeffone\r\n\r\n  two  words \n", "c/v1.2.txt": "déjà vu", "c/v1.txt": "no"},
-        {"a/x.png": ["one", "two words"], "b/x.png": ["other"], "c/v1.2.png": ["déjà vu"]}),
+        {"a/x.png": ["one", "two words"], "b/x.png": ["other"], "c/none.png": [""],
+         "c/v1.2.png": ["déjà vu"]}),
     "COCO": (
         {"train/1.jpg": P, "val/2.jpg": P, "val/3.jpg": P, "annotations/c.json": json.dumps(COCO)},
         {"train/1.jpg": ["one"], "val/2.jpg": ["two lines", "again"]}),
