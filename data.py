@@ -686,6 +686,8 @@ def parse(description, options, presets, recipes, large, derived=()):
     given = vars(parser.parse_args())
     gpu = pick(given.get("device", "auto"))[0].type == "cuda"
     usual = "tiny" if not given.get("data") else large if gpu else "mini"
+    if usual == "mini" and "preset" not in given:
+        say(f"--preset mini, as no GPU is used: 64 pixels; the papers' own is --preset {large}")
     preset, stage = given.setdefault("preset", usual), given.get("stage", options.stage)
     if preset not in presets or stage not in recipes:
         parser.error(f"--preset {preset} --stage {stage}: expected {[*presets]}, {[*recipes]}")
@@ -833,9 +835,11 @@ def resume(path, saved, content, parts):
         for prefix, part in parts.items():
             dcp.set_state_dict(*part, model_state_dict=saved[prefix + "model"],
                                optim_state_dict=saved[prefix + "optimizer"], options=WHOLE)
-        done, skipped, steps = saved["step"], saved["skipped"], content["recipe"]["steps"]
-        how = "continuing" if done < steps else "finished; more --steps go on, --fresh starts over"
-        say(f"{path}: step {done} of {steps}, {how}")
+        done, skipped = saved["step"], saved["skipped"]
+    steps, network = content["recipe"]["steps"], parts[""][0]
+    how = "going on" if done < steps else "finished; more --steps go on, --fresh starts over"
+    say(f"{path}: {sum(p.numel() for p in network.parameters()):,} parameters, step {done} of "
+        f"{steps}, {how}")
     # What was logged after the checkpoint will be done, and logged, again.
     log = path.with_suffix(".csv")
     if log.exists() and int(os.environ.get("RANK", "0")) == 0:
