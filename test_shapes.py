@@ -1124,13 +1124,13 @@ def held_out(size, folder=""):
 def test_f32_f33_f42_the_log_is_the_papers_sum_and_the_health_of_the_checkpoint(out, folder):
     row, model = log_of(out / "vqgan.pt")[-1], vqgan.load(out / "vqgan.pt")
     weights = dict(codebook=1, l2=1, l1=0.2, laplace=0.1, perceptual=0.1, adversarial=0.1)
-    assert all(row[name] for name in weights)
     assert row["loss"] == pytest.approx(sum(w * row[name] for name, w in weights.items()))
     images, _ = held_out(32, folder)
     reconstruction, _, tokens = model(images)
     assert row["psnr"] == pytest.approx(vqgan.psnr(images, reconstruction).mean().item(), rel=1e-4)
     assert (row["usage"], row["perplexity"]) == pytest.approx(vqgan.codebook_usage(tokens, 64))
     assert Image.open(out / "vqgan.png").size[1] == 2 * 150
+    assert model.codebook.norm(dim=-1).mean() < 2, "no k-means: drawn from N(0, 1) it would be 5.7"
 
 
 def test_f57_f59_f61_what_the_later_stages_train_and_see(out, folder):
