@@ -723,7 +723,8 @@ def begin(options, width):
     one process; on a GPU they talk by NCCL, else by gloo."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device, dtype = pick(options.device, options.dtype, width)
-    if device.type == "cpu" and (torch.version.cuda or shutil.which("nvidia-smi")):
+    hoped = options.device == "auto" and (torch.version.cuda or shutil.which("nvidia-smi"))
+    if hoped and device.type == "cpu":
         say("no GPU is used, as torch reaches none: compare its driver's CUDA, which nvidia-smi "
             f"shows, with torch's, {torch.version.cuda} (None: a build for CPUs)")
     if "RANK" in os.environ:
