@@ -160,15 +160,23 @@ class CachedBlock:
         h = self.block.norm1(x)
         qkv = split_heads(self.qkv(h)[:, None], 3, self.heads).to(self.past)  # (3, B, H, 1, d)
         self.past.index_copy_(3, slot, qkv[1:])
-        y = F.scaled_dot_product_attention(qkv[0], *self.past, seen)    # (B, H, 1, d)
+        y = look(qkv[0], *self.past, seen)                              # (B, H, 1, d)
         x = x + self.out(y.flatten(1))                                  # (B, D)
         h = self.block.norm2(x)
         [q] = split_heads(self.cross_q(h)[:, None], 1, self.heads).to(self.text)
-        y = F.scaled_dot_product_attention(q, *self.text, inside)       # (B, H, 1, d)
+        y = look(q, *self.text, inside)                                 # (B, H, 1, d)
         x = x + self.cross_out(y.flatten(1))                            # (B, D)
         h = self.block.norm3(x)
         h = F.gelu(self.up(h))
         return x + self.down(h)
+
+
+def look(q, k, v, mask):
+    """Attention of one query (B, H, 1, d). On a CPU written out: torch's would scale all keys."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask)  # scores in float32
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT + mask                    # (B, H, 1, slots)
+    return scores.softmax(-1) @ v
 
 
 def few_rows(weight, dtype, rows):
@@ -176,7 +184,10 @@ def few_rows(weight, dtype, rows):
     reading the weight (n_out, n_in), kept in dtype; then a CPU has faster ways than F.linear. Half
     precision is float16 there, faster than bfloat16, and ends at 65,504."""
     if weight.is_cpu and dtype == torch.float32:  # MKL multiplies W x^T faster than x W^T
-        return lambda x: (weight @ x.contiguous().t()).t()
+        if weight.shape[1] % 512 or weight.shape[1] == 512:
+            return lambda x: (weight @ x.contiguous().t()).t()
+        blocks = torch.stack(weight.split(512, 1))  # long rows in blocks: (n_in / 512, n_out, 512)
+        return lambda x: (blocks @ x.contiguous().view(rows, -1, 512).permute(1, 2, 0)).sum(0).t()
     if weight.is_cpu and rows <= 16 and torch.backends.quantized.engine == "x86":
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)  # sums in float32
