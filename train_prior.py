@@ -138,16 +138,14 @@ def main():
     model.to(device)
     if options.fsdp:
         shard(model, world)
-    optimizer = make_optimizer(model, recipe)
-    parts = {"": (model, optimizer)}
+    parts = {"": (model, make_optimizer(model, recipe))}
     made_for = data.identity(options) | asdict(config) | {
         "captions": options.captions and os.path.abspath(options.captions),
         "fingerprint": tokenizer.fingerprint(), "optimizer": recipe.optimizer}
-    content = made_for | {"made_for": made_for, "config": asdict(config),
-                     "vqgan": options.vqgan and os.path.abspath(options.vqgan),
-                     "recipe": asdict(recipe), "text": words,
-                     "sampling": SAMPLING if config.width >= 1024 else SHARPER,
-                     "image_size": size, "patch": patch}
+    content = made_for | {"made_for": made_for, "config": asdict(config), "text": words,
+                          "vqgan": options.vqgan and os.path.abspath(options.vqgan),
+                          "recipe": asdict(recipe), "image_size": size, "patch": patch,
+                          "sampling": SAMPLING if config.width >= 1024 else SHARPER}
     start, skipped = data.resume(path, saved, content, parts)
     del saved, source, begun    # training needs the memory
     network = data.parallel(model, world, options.compile)
@@ -175,7 +173,7 @@ def main():
             loss.backward()
             total += loss.detach()
         lr = data.rate(recipe, step + 1)
-        norm = data.update(model, optimizer, lr, recipe.clip, skipped[""])
+        norm = data.update(*parts[""], lr, recipe.clip, skipped[""])
 
         # Once in a while: evaluate, log, save.
         done = step + 1
