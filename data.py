@@ -84,8 +84,8 @@ class Scenes:
     """
 
     def __init__(self, split="train", size=64, seed=0):
-        if size % GRID:
-            raise ValueError(f"scenes of {size} x {size} pixels: expected a multiple of {GRID}")
+        if size % GRID or split not in SPLITS:
+            raise ValueError(f"scenes {split!r}, {size}: expected {SPLITS}, a multiple of {GRID}")
         self.split, self.size, self.seed, self.bad = split, size, seed, set()
 
     def __len__(self):
