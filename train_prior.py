@@ -131,6 +131,8 @@ def main():
     torch.manual_seed(recipe.seed)
     prior = options.stage == "prior"
     model = Parti(config) if prior else DualEncoder(config, size, patch)
+    if prior:
+        model.start_from(F.normalize(tokenizer.codebook.detach().cpu(), dim=-1))
     if source and source["stage"] == options.stage:
         model.load_state_dict(source["model"])
     elif source:

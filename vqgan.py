@@ -519,10 +519,9 @@ def main():
     start = time.perf_counter()
     tokens = model.encode(images)
     pictures = model.decode(tokens)
-    print(f"tiny: {16 / (time.perf_counter() - start):.0f} pictures/s, to tokens and back")
-    for name, x in (("pictures", images), ("unit latents", model.latents(images)),
-                    ("tokens", tokens), ("decoded", pictures)):
-        print(f"{name:13}{tuple(x.shape)}")
+    speed = len(images) / (time.perf_counter() - start)
+    print(f"tiny: pictures {tuple(images.shape)} -> unit latents {tuple(model.latents(images).shape)}"
+          f" -> tokens {tuple(tokens.shape)} -> {tuple(pictures.shape)}, {speed:.0f} pictures/s")
     for name, paper in {"small": "32M", "base": "91M", "large": "599M"}.items():
         with torch.device("meta"):    # no memory, no arithmetic
             encoder = VQGAN(PRESETS[name]).encoder
