@@ -11,7 +11,7 @@ entries, G grid side.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,11 @@ class PriorConfig:
         return self.grid**2
 
 
+TINY = PriorConfig(text_length=32, grid=8, width=128, heads=8, mlp=512, encoder_layers=2,
+                   decoder_layers=4, dropout=0.0)
 PRESETS = {  # Parti Table 1; tiny is for the built-in scenes, mini for a laptop's own pictures
-    "tiny": PriorConfig(text_length=32, grid=8, width=128, heads=8, mlp=512, encoder_layers=2,
-                        decoder_layers=4, dropout=0.0),
-    "mini": PriorConfig(text_length=64, grid=16, width=192, heads=6, mlp=768, encoder_layers=2,
-                        decoder_layers=4, dropout=0.0),
+    "tiny": TINY,
+    "mini": replace(TINY, text_length=64, grid=16),
     "350m": PriorConfig(),
     "750m": PriorConfig(decoder_layers=36),
     "3b": PriorConfig(width=2_048, heads=32, mlp=8_192, decoder_layers=36),
