@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -102,10 +101,8 @@ class Scenes:
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        boxes = None
-        while boxes is None:
-            objects, relation, background, caption = self._compose(rng)
-            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
+        objects, relation, background, caption = self._compose(rng)
+        boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
         return self._draw(objects, boxes, background), caption
 
     def _compose(self, rng):
@@ -145,7 +142,7 @@ class Scenes:
 
 
 def _place(sides, relation, rng):
-    """Left and top cells [(x, y)] of boxes that do not overlap and obey the relation, or None.
+    """Left and top cells [(x, y)] of boxes that do not overlap and obey the relation.
 
     In raster order it must be plain what comes next, or a small model cannot learn it in minutes:
     objects side by side share their top edge; equal ones stand in a row, like words on a page.
@@ -156,14 +153,13 @@ def _place(sides, relation, rng):
         width, height = columns * (side + gap) - gap, -(-n // columns) * side
         x, y = rng.integers(GRID - width + 1), rng.integers(GRID - height + 1)
         return [(x + i % columns * (side + gap), y + i // columns * side) for i in range(n)]
-    for _ in range(40):
+    while True:    # one try in eight succeeds even with two large objects
         boxes = [[int(rng.integers(GRID + 1 - side)) for _ in "xy"] for side in sides]
         if relation in ("left of", "right of"):
             boxes[1][1] = min(boxes[0][1], GRID - sides[1])
         centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
         if _related(*centres, relation, margin=1, least=sum(sides) / 2):
             return boxes
-    return None
 
 
 def _related(a, b, relation, margin=0, least=0):
@@ -247,6 +243,7 @@ PATH = re.compile(r"(file|image)_?(name|path)|image|path", re.IGNORECASE)
 CAPTION = re.compile(r"(text|caption|prompt)s?(_?\d+)?", re.IGNORECASE)
 MAY_BE_LIST = re.compile(r"/(?!license|readme)[^/]*\.(jsonl?|csv|tsv|txt)$", re.IGNORECASE)
 LISTS = ".jsonl", ".csv", ".tsv", ".txt"
+csv.field_size_limit(2**31 - 1)    # long lines of a file that is no list are no error
 EXPECTED = 'rows like {"file_name": "a/1.png", "text": "a caption"} in a .jsonl or .csv, in UTF-8'
 # A file of the data: all of `path`, or of a shard, the `size` bytes from `offset` on.
 File = namedtuple("File", "path offset size", defaults=(0, -1))
@@ -435,9 +432,9 @@ class Pictures:
         if captions:
             lists = {os.path.relpath(captions, path).replace(os.sep, "/"): File(captions)}
         texts, used, lost = _captions(self.files, pictures, lists)
-        if pictures and lost and not texts:
-            raise ValueError(f"{min(used)} names {lost[0]}, but no picture, such as {pictures[0]}; "
-                             f"expected {EXPECTED}")
+        if pictures and (lost or captions) and not texts:
+            raise ValueError(f"{captions or min(used)} names {lost[:1]}, but no picture, such as "
+                             f"{pictures[0]}; expected {EXPECTED}")
         self.texts = texts or {name: [_folder(name)] for name in pictures}
         for name, found in self.texts.items():    # captions, or lists of them
             lines = sum((text if isinstance(text, list) else [text] for text in found), [])
@@ -446,28 +443,24 @@ class Pictures:
         held = {name for name in self.texts if zlib.crc32(os.fsencode(name)) % 50 == 0}
         chosen = {"train": self.texts.keys() - held, "held-out": held, "all": self.texts}[split]
         self.names = sorted(chosen or self.texts)    # too few cannot be split
-        self.line = self._describe(path, pictures, used, lost)
-
-    def _describe(self, path, pictures, used, lost):
-        """-> one line of what was read and what was not. Refuses what cannot be meant."""
+        # One line says what was read and what was not; what cannot be meant is refused.
         unread = sorted(self.files.keys() - used - set(pictures))
         endings = sorted({splitext(name)[1] or basename(name) for name in unread})
         words = {line for lines in self.texts.values() for line in lines} - {""}
         bare = sum(lines == [""] for lines in self.texts.values())
-        line = clean(f"{path}: {len(self.texts)} pictures of {len(self.files)} files; {len(words)} "
-                     f"captions, such as {min(words, default='')!r}, from "
-                     f"{min(used, default='names of folders')}; without caption {bare}, in no list "
-                     f"{len(pictures) - len(self.texts)}, rows without picture {len(lost)} "
-                     f"{lost[:1]}; not read: {len(unread)} files {endings}")
+        self.line = clean(
+            f"{path}: {len(self.texts)} pictures of {len(self.files)} files; {len(words)} captions,"
+            f" such as {min(words, default='')!r}, from {min(used, default='names of folders')}; "
+            f"without caption {bare}, in no list {len(pictures) - len(self.texts)}, rows without "
+            f"picture {len(lost)} {lost[:1]}; not read: {len(unread)} files {endings}")
         if not pictures:
-            raise SystemExit(f"--data {line}; expected a folder, or shards as plain .tar, not "
+            raise SystemExit(f"--data {self.line}; expected a folder, or shards as plain .tar, not "
                              ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
         stray = [name for name in unread if MAY_BE_LIST.search("/" + name)]
         if len(words) == 1 and stray and not used:
             raise SystemExit(f"--data {path}: each caption would be the folder's name, {words}, as "
                              f"{stray[0]} is not read: expected {EXPECTED}, COCO's file by "
                              "--captions, or what is no list elsewhere")
-        return line
 
     def __len__(self):
         return len(self.names)
@@ -692,7 +685,7 @@ def parse(description, options, presets, recipes, large, derived=()):
     if preset not in presets or stage not in recipes:
         parser.error(f"--preset {preset} --stage {stage}: expected {[*presets]}, {[*recipes]}")
     recipe = recipes[stage][preset]
-    given.setdefault("micro", recipe.micro or (16 if gpu else 4))
+    given["micro"] = given.get("micro") or recipe.micro or (16 if gpu else 4)
     if gpu:
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         given.setdefault("workers", min(8, cores))
@@ -777,7 +770,7 @@ def update(network, optimizer, lr, clip, skipped):
     gradients are shared, so that all processes see it. RuntimeError after 20 in a row.
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()    # FSDP's
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(norm):
@@ -799,7 +792,8 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)    # sharde
 def identity(options):
     """What a run is, beside its sizes: a checkpoint of another one is not continued."""
     folder = options.data and os.path.abspath(options.data)
-    return {"stage": options.stage, "data": folder, "init": options.init}
+    source = options.init and os.path.abspath(options.init)
+    return {"stage": options.stage, "data": folder, "init": source}
 
 
 def save(path, content, parts):
@@ -812,10 +806,8 @@ def save(path, content, parts):
         content[prefix + "model"], content[prefix + "optimizer"] = states
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    content["logged"] = path.with_suffix(".csv").stat().st_size
+    torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -828,11 +820,11 @@ def resume(path, saved, content, parts):
     done, skipped = 0, {prefix: {"total": 0, "in_a_row": 0} for prefix in parts}
     if saved:
         there, here = saved.get("made_for", {}), content["made_for"]
-        wrong = [f"{name}: {there.get(name)} there, {here[name]} here" for name in here
-                 if there.get(name) != here[name]]
+        wrong = {name: (there.get(name), here[name]) for name in here
+                 if there.get(name) != here[name]}
         if wrong:
-            raise SystemExit(f"{path} is another run's ({'; '.join(wrong)}): give this one its own "
-                             "--out, or start over with --fresh")
+            raise SystemExit(f"{path} is another run's; {wrong} are what is there and here: give "
+                             "this one its own --out, or start over with --fresh")
         for prefix, part in parts.items():
             dcp.set_state_dict(*part, model_state_dict=saved[prefix + "model"],
                                optim_state_dict=saved[prefix + "optimizer"], options=WHOLE)
@@ -844,19 +836,15 @@ def resume(path, saved, content, parts):
     # What was logged after the checkpoint will be done, and logged, again.
     log = path.with_suffix(".csv")
     if log.exists() and int(os.environ.get("RANK", "0")) == 0:
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines[1:] if line[-1] == "\n" and int(line.split(",")[0]) <= done]
-        log.write_text("".join(lines[:1] + kept))
-        if not kept:
-            log.unlink()    # a new log may have other columns
+        os.truncate(log, saved["logged"] if saved else 0)
     return done, skipped
 
 
 def log(path, row, wandb=False):
     """Append {column: number} to a CSV file; the keys of the first row are its columns."""
-    if not path.exists():
-        path.write_text(",".join(row) + "\n")
     with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write(",".join(row) + "\n")
         file.write(",".join(map(str, row.values())) + "\n")
     if wandb:
         sys.modules["wandb"].log({name: value for name, value in row.items() if value != ""})

@@ -1,6 +1,6 @@
 """Stage 2, the prior: text tokens to image tokens, one after the other (Parti, arXiv 2206.10789).
 
-    python prior.py                      # walk-through: shapes, sizes against the paper, speed
+    python prior.py                      # walk-through: shapes, speed, sizes of Table 1
     torchrun train_prior.py              # train the tiny one on the built-in scenes
 
 Top to bottom: configuration, the encoder-decoder transformer with its cached twin, sampling, the
@@ -475,7 +475,7 @@ def initialise(model):
     for name, p in model.named_parameters():
         table = name.endswith(("embed.weight", "positions", "start", "rows", "columns"))
         if name == "head.weight":
-            nn.init.zeros_(p)  # all codes equally likely: the first loss is ln K
+            nn.init.zeros_(p)  # all equally likely, until `Parti.start_from`
         elif table and name != "image.embed.weight":  # that is a linear map
             nn.init.normal_(p)  # as loud as what attention adds, else words drown in early mixing
         elif p.ndim == 2:
@@ -751,7 +751,7 @@ def main():
         with torch.device("meta"):  # no memory, no arithmetic
             model = Parti(PRESETS[name])
         blocks = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim > 1)
-        print(f"{name}: {blocks:,} parameters in the blocks")
+        print(f"{name}: {blocks:,} parameters in the blocks, those that Table 1 counts")
 
 
 if __name__ == "__main__":

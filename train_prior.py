@@ -48,7 +48,7 @@ PAPER = Recipe(steps=450_000, batch=8192, lr=4.5e-5, warmup=5_000, schedule="exp
                save_every=100)    # Parti §3
 TINY = Recipe(steps=3200, batch=24, micro=24, optimizer="adamw", lr=3e-3, weight_decay=0.03,
               clip=4.0, warmup=100, schedule="linear", decay_from=1800, final=0.0, save_every=400)
-MINI = replace(TINY, steps=4000, batch=8, micro=8)
+MINI = replace(TINY, steps=8000, batch=8, micro=8, decay_from=2000, save_every=1000)
 PRIOR = {"tiny": TINY, "mini": MINI, "350m": PAPER, "750m": PAPER,
          "3b": replace(PAPER, micro=4), "20b": replace(PAPER, micro=1)}
 # The contrast is among the pairs that all processes hold at a time: a batch of its own.
@@ -122,7 +122,8 @@ def main():
     some = 100_000 if options.data else 2_000
     words = begun["text"] if begun else data.train_tokens(train.captions(some), recipe.pieces)
     if source and source["stage"] == options.stage:
-        config = PriorConfig(**source["config"])    # fine-tuning keeps the sizes
+        # Fine-tuning keeps the sizes.
+        config = replace(PriorConfig(**source["config"]), dropout=config.dropout)
     text = data.Text(words, config.text_length)
     config = replace(config, text_vocab=text.vocab, codes=tokenizer.config.codes,
                      grid=tokenizer.config.grid)
@@ -137,9 +138,9 @@ def main():
         model.load_state_dict(source["model"])
     elif source:
         model.encoder.load_state_dict(restore(source).encoder.state_dict())
-    model.to(device)
     if options.fsdp:
-        shard(model, world)
+        shard(model, world)    # before it is moved: the whole may be too large
+    model.to(device)
     parts = {"": (model, make_optimizer(model, recipe))}
     made_for = data.identity(options) | asdict(config) | {
         "captions": options.captions and os.path.abspath(options.captions),

@@ -55,8 +55,8 @@ PAPER = Recipe(steps=500_000, batch=256, lr=1e-4, warmup=50_000, schedule="cosin
 TINY = Recipe(steps=1800, batch=4, micro=4, lr=2e-3, warmup=20, final=0.02, weight_decay=1e-4,
               l1=0.2, laplace=0.0, perceptual=0.0, adversarial=0.0, channels=1024, up_width=24,
               up_blocks=3, save_every=450, autoencoder=900, mosaic=0.5, quantised_rate=0.5)
-MINI = replace(TINY, steps=8000, batch=6, micro=6, warmup=50, mosaic=0.0,
-               autoencoder=2000, quantised_rate=1.0, save_every=1000)
+MINI = replace(TINY, steps=3000, batch=6, micro=6, warmup=50, mosaic=0.0,
+               autoencoder=600, quantised_rate=1.0, save_every=500)
 TOKENIZER = {"tiny": TINY, "mini": MINI, "small": PAPER, "base": PAPER,
              "large": replace(PAPER, micro=8)}
 RECIPES = dict.fromkeys(("tokenizer", "decoder", "upsampler"), TOKENIZER)
@@ -155,10 +155,12 @@ def make_optimizer(network, recipe):
 
 @torch.no_grad()
 def start_codebook(model, dataset, seed, device):
-    """K-means on 64,000 latents: of the first 1,000 training samples in tiny, 250 in mini."""
+    """K-means on 64,000 latents: of the first 1,000 training samples in tiny, 250 in mini. On the
+    CPU, where sums are the same each time and in each process."""
     pictures = 64_000 // model.config.grid ** 2
     parts = data.batches(dataset, pictures, seed, 0, 1, micro=50)
-    model.init_codebook(torch.cat([model.latents(x.to(device) / 255) for x, _ in parts]))
+    latents = [model.latents(x.to(device) / 255).cpu() for x, _ in parts]
+    model.init_codebook(torch.cat(latents))
 
 
 @torch.no_grad()
@@ -177,7 +179,7 @@ def evaluate(net, images, tokenizer, quantise, path):
 def main():
     options, config, recipe = data.parse(__doc__, Options(), vqgan.PRESETS, RECIPES, "small",
                                          derived=("logit_laplace", "public"))
-    if options.stage != "tokenizer":
+    if options.init or options.stage != "tokenizer":
         recipe = replace(recipe, autoencoder=0)    # there is a codebook
     if recipe.steps <= recipe.autoencoder:
         raise ValueError(f"--steps {recipe.steps}: expected more than --autoencoder "
@@ -195,7 +197,8 @@ def main():
     tokenizer.to(device)
     model.to(device)
     if source:
-        model.load_state_dict(source["model"])
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        model.load_state_dict(source["model"] | frozen)
     parts = {"": (model, make_optimizer(model, recipe))}
     size = tokenizer.config.image_size * sizes.get("scale", 1)
     critic = judge = lpips = None

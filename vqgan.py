@@ -61,7 +61,7 @@ TINY = VQGANConfig(image_size=64, width=128, layers=1, heads=4, mlp=512, decoder
                    codes=1088, code_scale=32 ** 0.5, logit_laplace=False)
 PRESETS = {  # ViT-VQGAN Table 2; tiny is for the built-in scenes, mini for a laptop's own pictures
     "tiny": TINY,
-    "mini": replace(TINY, patch=4, layers=0, codes=8192),    # a code depends on its patch alone
+    "mini": replace(TINY, patch=4, layers=0, codes=8192),    # codes of a patch and its place
     "small": VQGANConfig(),
     "base": VQGANConfig(width=768, layers=12, heads=12, mlp=3072),
     "large": VQGANConfig(width=1280, layers=32, heads=16, mlp=5120)}
