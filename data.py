@@ -101,8 +101,10 @@ class Scenes:
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
         rng = np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), index))
-        objects, relation, background, caption = self._compose(rng)
-        boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
+        boxes = None
+        while boxes is None:
+            objects, relation, background, caption = self._compose(rng)
+            boxes = _place([SIZES[size] for size, _, _ in objects], relation, rng)
         return self._draw(objects, boxes, background), caption
 
     def _compose(self, rng):
@@ -142,7 +144,7 @@ class Scenes:
 
 
 def _place(sides, relation, rng):
-    """Left and top cells [(x, y)] of boxes that do not overlap and obey the relation.
+    """Left and top cells [(x, y)] of boxes that do not overlap and obey the relation, or None.
 
     In raster order it must be plain what comes next, or a small model cannot learn it in minutes:
     objects side by side share their top edge; equal ones stand in a row, like words on a page.
@@ -153,13 +155,14 @@ def _place(sides, relation, rng):
         width, height = columns * (side + gap) - gap, -(-n // columns) * side
         x, y = rng.integers(GRID - width + 1), rng.integers(GRID - height + 1)
         return [(x + i % columns * (side + gap), y + i // columns * side) for i in range(n)]
-    while True:    # one try in eight succeeds even with two large objects
+    for _ in range(40):
         boxes = [[int(rng.integers(GRID + 1 - side)) for _ in "xy"] for side in sides]
         if relation in ("left of", "right of"):
             boxes[1][1] = min(boxes[0][1], GRID - sides[1])
         centres = [(x + side / 2, y + side / 2) for (x, y), side in zip(boxes, sides)]
         if _related(*centres, relation, margin=1, least=sum(sides) / 2):
             return boxes
+    return None
 
 
 def _related(a, b, relation, margin=0, least=0):
