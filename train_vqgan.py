@@ -196,7 +196,7 @@ def main():
     model, sizes, tokenizer = build(options, recipe, config)
     tokenizer.to(device)
     model.to(device)
-    if source:
+    if source:    # a decoder keeps the encoder and the codebook of its tokenizer
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         model.load_state_dict(source["model"] | frozen)
     parts = {"": (model, make_optimizer(model, recipe))}
