@@ -86,17 +86,14 @@ class Scenes:
         if size % GRID or split not in SPLITS:
             raise ValueError(f"scenes {split!r}, {size}: expected {SPLITS}, a multiple of {GRID}")
         self.split, self.size, self.seed, self.bad = split, size, seed, set()
+        self.summary = f"built-in scenes, split {split}"    # what there is, in one line
 
     def __len__(self):
         return 1_000_000    # as good as endless
 
-    def summary(self):
-        """What there is, in one line."""
-        return f"built-in scenes, split {self.split}, such as {self.captions(1)[0]!r}"
-
     def captions(self, n):
-        """The captions of the first n scenes: list[str]."""
-        return [self.sample(index)[1] for index in range(n)]
+        """The captions of the first n scenes, or of 2,000, which use all words: list[str]."""
+        return [self.sample(index)[1] for index in range(min(n, 2_000))]
 
     def sample(self, index, rng=None):
         """-> uint8 (size, size, 3), caption. rng is not used: a scene has no augmentation."""
@@ -355,9 +352,8 @@ def _rows(name, text):
     """A file of captions -> its rows, {column: value}. Raises what reading it raises."""
     if name.endswith(".json"):    # COCO's
         table = json.loads(text)
-        paths = {image["id"]: image["file_name"] for image in table["images"]}
-        return [{"path": paths[row["image_id"]], "text": row["caption"]}
-                for row in table["annotations"]]
+        images = {image["id"]: image for image in table["images"]}
+        return [images[row["image_id"]] | row for row in table["annotations"]]
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     comma = max(",;\t", key=text.partition("\n")[0].count)
@@ -416,7 +412,7 @@ def _captions(files, pictures, lists):
 
 
 class Pictures:
-    """A folder or .tar shards of pictures: sample(index, rng), captions(n), len(), summary().
+    """A folder or .tar shards of pictures: sample(index, rng), captions(n), len(), summary.
 
     Captions come from `captions`, a list or COCO captions JSON; else from all .jsonl, .csv, .tsv
     and .txt whose rows name pictures (as Hugging Face's ImageFolder, or Flickr8k) and from x.txt,
@@ -451,13 +447,13 @@ class Pictures:
         endings = sorted({splitext(name)[1] or basename(name) for name in unread})
         words = {line for lines in self.texts.values() for line in lines} - {""}
         bare = sum(lines == [""] for lines in self.texts.values())
-        self.line = clean(
+        self.summary = clean(
             f"{path}: {len(self.texts)} pictures of {len(self.files)} files; {len(words)} captions,"
             f" such as {min(words, default='')!r}, from {min(used, default='names of folders')}; "
             f"without caption {bare}, in no list {len(pictures) - len(self.texts)}, rows without "
             f"picture {len(lost)} {lost[:1]}; not read: {len(unread)} files {endings}")
         if not pictures:
-            raise SystemExit(f"--data {self.line}; expected a folder, or shards as plain .tar, not "
+            raise SystemExit(f"--data {self.summary}; expected a folder, or plain .tar shards, not "
                              ".tar.gz or .zip, with .jpg, .png or others that Pillow reads")
         stray = [name for name in unread if MAY_BE_LIST.search("/" + name)]
         if len(words) == 1 and stray and not used:
@@ -467,10 +463,6 @@ class Pictures:
 
     def __len__(self):
         return len(self.names)
-
-    def summary(self):
-        """What was read and what was not, in one line."""
-        return self.line
 
     def sample(self, index, rng):
         """-> uint8 (size, size, 3), caption. Raises OSError for a file that is bad or gone."""

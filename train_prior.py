@@ -40,6 +40,7 @@ class Recipe(data.Recipe):
     """How to train, beside what both stages share."""
     optimizer: str = "adafactor"    # or adamw
     drop: float = 0.1               # share of captions dropped, for guidance
+    corrupt: float = 0.0            # share of image tokens replaced, see prior_loss
     pieces: int = 16_000            # SentencePiece vocabulary
 
 
@@ -48,7 +49,7 @@ PAPER = Recipe(steps=450_000, batch=8192, lr=4.5e-5, warmup=5_000, schedule="exp
                save_every=100)    # Parti §3
 TINY = Recipe(steps=3200, batch=24, micro=24, optimizer="adamw", lr=3e-3, weight_decay=0.03,
               clip=4.0, warmup=100, schedule="linear", decay_from=1800, final=0.0, save_every=400)
-MINI = replace(TINY, steps=8000, batch=8, micro=8, decay_from=2000, save_every=1000)
+MINI = replace(TINY, steps=7000, batch=8, micro=8, decay_from=1750, corrupt=0.5, save_every=1000)
 PRIOR = {"tiny": TINY, "mini": MINI, "350m": PAPER, "750m": PAPER,
          "3b": replace(PAPER, micro=4), "20b": replace(PAPER, micro=1)}
 # The contrast is among the pairs that all processes hold at a time: a batch of its own.
@@ -61,12 +62,17 @@ SAMPLING = {"guidance": 1.2, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 SHARPER = SAMPLING | {"temperature": 0.8, "top_p": 0.95}    # for the small presets
 
 
-def prior_loss(network, images, text, tokenizer):
+def prior_loss(network, images, text, tokenizer, corrupt=0.0):
     """Cross-entropy in nats per image token (Parti §2.3). Tokens are made here, from augmented
-    pictures: images (B,3,S,S) in [0,1], text (B,T)."""
+    pictures: images (B,3,S,S) in [0,1], text (B,T).
+
+    corrupt: in training, the share of the tokens that the decoder sees replaced by random ones (our
+    addition). Few pictures are known by their first tokens alone; so it must read the text."""
     with torch.no_grad():
         tokens = tokenizer.encode(images)                                      # (B,N)
-    logits = network(text, tokens)                                             # (B,N,K)
+    other = torch.randint_like(tokens, tokenizer.config.codes)
+    wrong = torch.rand(tokens.shape, device=tokens.device) < corrupt * network.training
+    logits = network(text, torch.where(wrong, other, tokens))                  # (B,N,K)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
@@ -117,10 +123,9 @@ def main():
     size, patch = tokenizer.config.image_size, tokenizer.config.patch
     train, held = (data.open_data(options.data, options.captions, size, data.prior_crop, split,
                                   recipe.seed) for split in ("train", "held-out"))
-    data.say(train.summary())
+    data.say(train.summary)
     begun = saved or source
-    some = 100_000 if options.data else 2_000
-    words = begun["text"] if begun else data.train_tokens(train.captions(some), recipe.pieces)
+    words = begun["text"] if begun else data.train_tokens(train.captions(100_000), recipe.pieces)
     if source and source["stage"] == options.stage:
         # Fine-tuning keeps the sizes.
         config = replace(PriorConfig(**source["config"]), dropout=config.dropout)
@@ -159,7 +164,7 @@ def main():
         ids = text(captions)                                                   # (b,T)
         ids = ids[:, :(ids != 0).sum(1).max().clamp(min=1)].to(device)
         if prior:
-            return prior_loss(network, images, ids, tokenizer)
+            return prior_loss(network, images, ids, tokenizer, recipe.corrupt)
         return text_loss(network, images, ids, text.vocab)
 
     share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro

@@ -214,7 +214,7 @@ def main():
     held = data.open_data(options.data, "", size, data.centre_crop, "held-out", recipe.seed)
     [(held, _)] = data.batches(held, min(256, len(held)), 0, 0, 1)
     held = held.to(device) / 255
-    data.say(train.summary())
+    data.say(train.summary)
     if recipe.mosaic and not options.data and model is tokenizer:
         train = Mosaics(train, tokenizer.config.patch, recipe)
 
