@@ -66,12 +66,12 @@ def prior_loss(network, images, text, tokenizer, corrupt=0.0):
     """Cross-entropy in nats per image token (Parti §2.3). Tokens are made here, from augmented
     pictures: images (B,3,S,S) in [0,1], text (B,T).
 
-    corrupt: in training, the share of the tokens that the decoder sees replaced by random ones (our
-    addition). Few pictures are known by their first tokens alone; so it must read the text."""
+    corrupt: the share of the tokens shown to the decoder that are random (our addition). In a small
+    set the first tokens tell which picture it is; where they cannot be trusted, the text must."""
     with torch.no_grad():
         tokens = tokenizer.encode(images)                                      # (B,N)
     other = torch.randint_like(tokens, tokenizer.config.codes)
-    wrong = torch.rand(tokens.shape, device=tokens.device) < corrupt * network.training
+    wrong = torch.rand(tokens.shape, device=tokens.device) < corrupt
     logits = network(text, torch.where(wrong, other, tokens))                  # (B,N,K)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -164,7 +164,7 @@ def main():
         ids = text(captions)                                                   # (b,T)
         ids = ids[:, :(ids != 0).sum(1).max().clamp(min=1)].to(device)
         if prior:
-            return prior_loss(network, images, ids, tokenizer, recipe.corrupt)
+            return prior_loss(network, images, ids, tokenizer, recipe.corrupt * model.training)
         return text_loss(network, images, ids, text.vocab)
 
     share = recipe.batch // world    # of a batch, for this process, in parts of recipe.micro
